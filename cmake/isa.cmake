@@ -1,0 +1,26 @@
+# src/kernels/isa/*.cpp is compiled once per instruction set, each time in a namespace of its own
+# (cleave::scalar, cleave::avx2, ...); src/kernels/dispatch.cpp chooses at run time.
+#
+# Eigen is header-only: an inline function of it compiled with -mavx512f would be a weak symbol, and
+# the linker might keep that copy for everybody. So its namespace is renamed as well, per set, and
+# the test isa_objects_hold_no_weak_symbol watches that nothing else leaks.
+file(GLOB isa_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/kernels/isa/*.cpp)
+function(cleave_add_isa isa)
+  add_library(cleave_${isa} OBJECT ${isa_sources})
+  target_compile_definitions(cleave_${isa} PRIVATE CLEAVE_ISA=${isa} Eigen=Eigen_${isa}
+    EIGEN_MPL2_ONLY EIGEN_DONT_PARALLELIZE)
+  target_compile_options(cleave_${isa} PRIVATE ${ARGN})
+  target_include_directories(cleave_${isa} PRIVATE ${PROJECT_SOURCE_DIR}/src
+    ${PROJECT_SOURCE_DIR}/include)
+  target_link_libraries(cleave_${isa} PRIVATE Eigen3::Eigen)
+  cleave_set_warnings(cleave_${isa})
+  target_sources(cleave_core PRIVATE $<TARGET_OBJECTS:cleave_${isa}>)
+endfunction()
+if(isa_sources)
+  cleave_add_isa(scalar)
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+    target_compile_definitions(cleave_core PRIVATE CLEAVE_HAVE_X86_ISA)
+    cleave_add_isa(avx2 -mavx2 -mfma -mf16c)
+    cleave_add_isa(avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+  endif()
+endif()

@@ -1,0 +1,26 @@
+#pragma once
+
+// cleave::core, in pipeline order: the table of contents of the library. No gradient, no LibTorch.
+#include "cleave/error.h"
+#include "cleave/version.h"
+#include "cleave/views.h"
+// 1 read
+#include "cleave/checkpoint.h"
+#include "cleave/model_config.h"
+#include "cleave/text.h"
+#include "cleave/tokenizer.h"
+// 2 split
+#include "cleave/expert.h"
+#include "cleave/factorize.h"
+#include "cleave/partition.h"
+// 3 route
+#include "cleave/fit_router.h"
+#include "cleave/routing.h"
+// 4 run
+#include "cleave/evaluate.h"
+#include "cleave/kernels.h"
+#include "cleave/model.h"
+#include "cleave/moe_layer.h"
+// 5 the whole way, and writing
+#include "cleave/convert.h"
+#include "cleave/export.h"

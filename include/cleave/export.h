@@ -1,0 +1,92 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cleave/checkpoint.h"
+#include "cleave/moe_layer.h"
+#include "cleave/routing.h"
+
+namespace cleave {
+
+/// How a model was made: stored as `cleave.json` in every directory we write, so a model can tell.
+struct Provenance {
+  std::string tool_version;  ///< of the cleave that wrote it
+  std::string source;        ///< file name (no path) of the dense model
+  std::string source_sha256;
+  std::int64_t num_experts = 0;        ///< E
+  std::int64_t experts_per_token = 0;  ///< K
+  std::string partition;               ///< partition_method_name
+  std::uint64_t seed = 0;
+  GateMode gate = GateMode::kSoftmax;
+  double folded_scale = 1.0;    ///< what `down` was multiplied by when it was written
+  double router_epsilon = 1.0;  ///< what the router was multiplied by (hard gate: 2^-10)
+  std::string router;           ///< "zero", "random", "ridge", "trained"
+  std::vector<std::vector<std::int32_t>>
+      neuron_order;       ///< [L][H]: dense neuron of every expert row
+  std::string spec_json;  ///< the whole command's settings, an object
+};
+/// @throws FileError  malformed. Empty optional where the directory has no cleave.json.
+std::optional<Provenance> read_provenance(const std::filesystem::path& directory);
+
+struct WriteSpec {
+  std::optional<DType> dtype;  ///< F32, F16 or BF16; unset: see default_write_dtype()
+  bool overwrite =
+      false;  ///< replace an existing directory (the old one stays until the new is whole)
+  std::int64_t max_shard_bytes = 5'000'000'000;  ///< a tensor is never split
+};
+
+/// The source's own type where it is F32, F16 or BF16 and `folded_scale` is a power of two (so that
+/// nothing is rounded), else F32.
+DType default_write_dtype(const ModelConfig& source, double folded_scale);
+
+/// Hard gates in stock classes: the router is scaled by this, which keeps the order of the logits
+/// and brings the softmax weights to 1 / K. Reasons and measured error: docs/methods/factorllm.md.
+inline constexpr double kHardGateEpsilon = 1.0 / 1024.0;
+
+/// HuggingFace tensor names of the Mixtral family; they are written in one place only.
+struct MixtralNames {
+  static std::string router(std::int64_t layer);                     ///< [E, D]
+  static std::string gate(std::int64_t layer, std::int64_t expert);  ///< w1 [I, D]
+  static std::string down(std::int64_t layer, std::int64_t expert);  ///< w2 [D, I]
+  static std::string up(std::int64_t layer, std::int64_t expert);    ///< w3 [I, D]
+};
+
+/// Writes a directory that `AutoModelForCausalLM.from_pretrained` opens as MixtralForCausalLM
+/// without remote code: per-expert 2-D tensors, config.json, tokenizer and generation files of
+/// `source`, cleave.json and a model card (README.md). Everything is first written to a temporary
+/// sibling, fsynced and renamed; on any error nothing is left behind.
+///
+/// @param source   the dense (or already converted) model that tokenizer and config come from
+/// @param num_experts, experts_per_token, expert_width   E, K, I: uniform over layers
+/// @param tensors  every weight in HuggingFace names (see mixtral_tensors)
+/// @throws InvalidArgument  `out` exists and overwrite is off; a family the target cannot hold
+/// (biases)
+/// @throws FileError        the disk is full or not writable
+struct MixtralShape {
+  std::int64_t num_experts = 0;        ///< E
+  std::int64_t experts_per_token = 0;  ///< K
+  std::int64_t expert_width = 0;       ///< I
+};
+void write_mixtral(const std::filesystem::path& out, const Checkpoint& source,
+                   const MixtralShape& shape, std::span<const NamedTensor> tensors,
+                   const Provenance& provenance, const WriteSpec& spec);
+
+/// Attention, norms and embeddings of `source` plus the experts and routers of `layers` ([L], all
+/// of equal E, K and width), scale folded into down, hard gates' routers scaled by
+/// kHardGateEpsilon. An explicit lm_head is written even where the source ties it. Views: `source`
+/// and `layers` must outlive the result.
+/// @throws InvalidArgument  layers disagree, or have biases or no gate
+std::vector<NamedTensor> mixtral_tensors(const Checkpoint& source,
+                                         std::span<const MoeLayer> layers);
+
+/// Throws InvalidArgument if `out` exists and `overwrite` is off, FileError if its parent folder is
+/// missing or not writable. For a friendly check before hours of work.
+void check_output(const std::filesystem::path& out, bool overwrite);
+
+}  // namespace cleave

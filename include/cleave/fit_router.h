@@ -1,0 +1,59 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cleave/expert.h"
+#include "cleave/kernels.h"
+#include "cleave/routing.h"
+#include "cleave/views.h"
+
+namespace cleave {
+
+struct RouterFitSpec {
+  double ridge = 0.01;  ///< penalty, relative to the mean diagonal of X^T X
+};
+
+/// Fits a linear, bias-free router without gradients: ridge regression of every expert's output
+/// norm |expert_e(x)| on the layer's input x, streamed over calibration tokens. The K largest
+/// predictions are then the experts that matter most for the token.
+///
+/// Holds D*D + D*E doubles, however many tokens come. The first token of a window is often an
+/// attention sink whose norm drowns all others; the caller leaves it out.
+/// Source: MoEfication, arXiv:2110.01786 (predicting expert contribution); D2DMoE,
+/// arXiv:2310.04361 (regressing the output norm).
+class RouterFit {
+ public:
+  RouterFit(std::int64_t d_model, std::int64_t num_experts);
+  RouterFit(RouterFit&&) noexcept;
+  RouterFit& operator=(RouterFit&&) noexcept;
+  ~RouterFit();
+
+  /// Adds tokens. input [T, D], target [T, E].
+  /// @throws InvalidArgument  shapes disagree or a value is not finite (names the token)
+  void observe(MatrixView<const float> input, MatrixView<const float> target);
+  std::int64_t num_tokens() const;
+
+  /// @throws InvalidArgument  no token was observed
+  LinearRouter solve(const RouterFitSpec& spec = {}) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// |expert_e(x[t])| for every expert and token, what RouterFit regresses on.
+///   x [T, D]   norms [T, E], written
+void expert_output_norms(const ExpertBank& bank, MatrixView<const float> x, MatrixView<float> norms,
+                         const ParallelFor& parallel);
+
+/// A router of independent normal entries (mean 0, given standard deviation), as FactorLLM starts.
+LinearRouter random_router(std::int64_t num_experts, std::int64_t d_model, std::uint64_t seed,
+                           double std_dev = 0.02);
+
+/// All logits 0: every expert weighs the same. With K = E the layer is then exactly the dense FFN.
+LinearRouter zero_router(std::int64_t num_experts, std::int64_t d_model);
+
+}  // namespace cleave

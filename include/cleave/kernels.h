@@ -1,0 +1,82 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "cleave/expert.h"
+#include "cleave/routing.h"
+#include "cleave/views.h"
+
+namespace cleave {
+
+/// Runs body(begin, end) over disjoint ranges that cover [0, n), possibly on several threads, and
+/// returns when all are done. The caller owns the threads; an empty one means "in this thread".
+struct ParallelFor {
+  void (*run)(void* context, std::int64_t n, std::int64_t grain, void* body_context,
+              void (*body)(void* body_context, std::int64_t begin, std::int64_t end)) = nullptr;
+  void* context = nullptr;
+
+  /// `grain`: ranges are not cut smaller than this many items.
+  template <typename Body>
+  void operator()(std::int64_t n, std::int64_t grain, Body&& body) const {
+    if (n <= 0) return;
+    if (run == nullptr) {
+      body(std::int64_t{0}, n);
+      return;
+    }
+    run(context, n, grain, &body, [](void* b, std::int64_t begin, std::int64_t end) {
+      (*static_cast<std::remove_reference_t<Body>*>(b))(begin, end);
+    });
+  }
+};
+
+/// Instruction set in use: "scalar", "avx2" or "avx512". The widest the CPU has; the environment
+/// variable CLEAVE_ISA overrides it (read once).
+/// @throws InvalidArgument  CLEAVE_ISA names an unknown set or one this CPU lacks
+const char* isa_name();
+
+/// y[t] = W x[t] + bias.
+///   x [T, d_in]   weight [d_out, d_in]   bias [d_out] or empty   y [T, d_out], overwritten
+/// y must not overlap x. Shapes are the caller's promise (asserted only).
+void linear(MatrixView<const float> x, MatrixView<const float> weight, std::span<const float> bias,
+            MatrixView<float> y, const ParallelFor& parallel) noexcept;
+
+/// The definition of linear(): plain loops, double accumulators. `magnitude` [T, d_out], if given,
+/// receives the sum of |terms|: it bounds the rounding error of any order of summation.
+void linear_reference(MatrixView<const float> x, MatrixView<const float> weight,
+                      std::span<const float> bias, MatrixView<float> y,
+                      MatrixView<float> magnitude = {}) noexcept;
+
+/// Selects K experts per token and weighs them.
+///   logits [T, E]   routing.ids, routing.weights [T, K], resized and written
+/// @throws InvalidArgument  K < 1 or K > E, or a logit is NaN (names the token)
+void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
+           Routing& routing);
+
+/// The (token, slot) pairs of a routing, sorted by expert.
+struct TokenGroups {
+  std::vector<std::int64_t> begin;  ///< [E + 1]; pairs of expert e are [begin[e], begin[e + 1])
+  std::vector<std::int64_t> pair;   ///< [T * K]; pair = t * K + k, ascending within an expert
+};
+/// O(T * K). @throws InvalidArgument  an id outside [0, num_experts)
+TokenGroups group_tokens(const Routing& routing, std::int64_t num_experts);
+
+/// y[t] += scale * sum over k of weights[t,k] * expert_{ids[t,k]}(x[t]).
+///   bank [E experts]   x [T, D]   y [T, D], added to; must not overlap x
+/// Adds to y: "replace the FFN" starts from y = 0, "add to a frozen layer" from its output. The
+/// bank's down_bias is not added here. Experts without tokens are not touched.
+void moe_ffn(const ExpertBank& bank, const Routing& routing, float scale, MatrixView<const float> x,
+             MatrixView<float> y, const ParallelFor& parallel);
+
+/// The definition of moe_ffn: plain loops, double accumulators, never optimised. `magnitude`
+/// [T, D], if given, receives the sum of |terms| (see linear_reference).
+void moe_ffn_reference(const ExpertBank& bank, const Routing& routing, float scale,
+                       MatrixView<const float> x, MatrixView<float> y,
+                       MatrixView<float> magnitude = {});
+
+/// y[t] += dense FFN(x[t]), output bias included. x [T, D], y [T, D].
+void dense_ffn(const FfnView& ffn, MatrixView<const float> x, MatrixView<float> y,
+               const ParallelFor& parallel);
+
+}  // namespace cleave

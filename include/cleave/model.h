@@ -1,0 +1,119 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <random>
+#include <span>
+#include <vector>
+
+#include "cleave/checkpoint.h"
+#include "cleave/expert.h"
+#include "cleave/model_config.h"
+#include "cleave/moe_layer.h"
+#include "cleave/views.h"
+
+namespace cleave {
+
+struct ModelSpec {
+  int threads = 0;  ///< 0: as many as the machine has cores
+};
+
+/// Keys and values of the tokens seen so far. One per sequence.
+class KvCache {
+ public:
+  KvCache(const ModelConfig& config, std::int64_t capacity);
+  std::int64_t size() const { return size_; }          ///< tokens stored
+  std::int64_t capacity() const { return capacity_; }  ///< tokens it can hold
+  void clear() { size_ = 0; }                          ///< forget all tokens, keep the memory
+
+ private:
+  friend class Model;
+  std::int64_t size_ = 0;
+  std::int64_t capacity_ = 0;
+  std::vector<std::vector<float>> keys_;    ///< per layer: [capacity, num_kv_heads * head_dim]
+  std::vector<std::vector<float>> values_;  ///< the same
+};
+
+/// What a caller may watch while a model runs.
+struct ForwardHooks {
+  /// Before each FFN: its input [T, D] (after the norm). Valid during the call only.
+  std::function<void(std::int64_t layer, MatrixView<const float> input)> ffn_input;
+  /// After each MoE layer: the routing of this call.
+  std::function<void(std::int64_t layer, const Routing& routing)> routing;
+};
+
+/// A decoder-only transformer in float32, without LibTorch: RMSNorm, rotary positions,
+/// grouped-query attention with a KV cache, a dense or an MoE FFN per layer. It serves convert,
+/// eval and generate; gradients live in cleave::train, and a test holds the two forward passes
+/// equal.
+///
+/// Owns its weights (float32, 4 bytes a parameter) and its threads. One call at a time.
+class Model {
+ public:
+  /// @throws FileError  a tensor is missing, has the wrong shape or holds NaN
+  static Model load(const Checkpoint& checkpoint, const ModelSpec& spec = {});
+  Model(Model&&) noexcept;
+  Model& operator=(Model&&) noexcept;
+  ~Model();
+
+  const ModelConfig& config() const;
+  int threads() const;
+  /// Runs on the model's threads; what its own layers use.
+  ParallelFor parallel() const;
+
+  /// Runs tokens through all layers and appends them to the cache.
+  ///   tokens [T], ids in [0, V)    hidden [T, D], written: the final norm's output
+  /// @throws InvalidArgument  an id out of range, or the cache is too small
+  void forward(std::span<const std::int32_t> tokens, KvCache& cache, MatrixView<float> hidden,
+               const ForwardHooks& hooks = {});
+  /// The head: hidden [T, D] -> logits [T, V]. Apart from forward(), so that only the rows that are
+  /// needed are computed, and in pieces (V is large).
+  void logits(MatrixView<const float> hidden, MatrixView<float> out);
+
+  /// The FFN of a layer that is dense. @throws InvalidArgument  the layer holds experts
+  FfnView dense_ffn(std::int64_t layer) const;
+  /// The experts of a layer, or nullptr where it is dense.
+  const MoeLayer* moe(std::int64_t layer) const;
+  /// Replaces a layer's FFN. @throws InvalidArgument  D disagrees
+  void set_moe(std::int64_t layer, MoeLayer moe);
+
+ private:
+  struct Impl;
+  explicit Model(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+struct SamplingSpec {
+  double temperature = 0.0;  ///< 0: greedy, the largest logit
+  double top_p = 1.0;        ///< keep the smallest set of tokens whose probability reaches this
+  std::uint64_t seed = 0;
+};
+
+/// Draws tokens from logits. The same seed gives the same tokens.
+class Sampler {
+ public:
+  /// @throws InvalidArgument  temperature < 0 or top_p outside (0, 1]
+  explicit Sampler(const SamplingSpec& spec);
+  /// logits [V] -> token id. @throws InvalidArgument  a logit is NaN
+  std::int32_t operator()(std::span<const float> logits);
+
+ private:
+  SamplingSpec spec_;
+  std::mt19937_64 rng_;
+};
+
+struct GenerateSpec {
+  std::int64_t max_tokens = 64;
+  SamplingSpec sampling;
+  bool ignore_eos = false;
+};
+
+/// Continues `prompt` until `max_tokens` or an end-of-sequence id of the model's configuration.
+/// @param on_token  called with each new id; returning false stops
+/// @throws InvalidArgument  the prompt is empty
+std::vector<std::int32_t> generate(Model& model, std::span<const std::int32_t> prompt,
+                                   const GenerateSpec& spec,
+                                   const std::function<bool(std::int32_t)>& on_token = {});
+
+}  // namespace cleave

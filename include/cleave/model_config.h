@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cleave/views.h"
+
+namespace cleave {
+
+/// Model families the readers and both forward passes know. They share one decoder; what differs is
+/// configuration (a family is not a class).
+enum class Family { kLlama, kMistral, kMixtral };
+
+/// "llama", "mistral", "mixtral": `model_type` of config.json.
+const char* family_name(Family family);
+
+/// Rotary position embedding, half-split (NEOX) row order as in HuggingFace checkpoints.
+struct RopeConfig {
+  enum class Type { kDefault, kLinear, kLlama3 };
+  Type type = Type::kDefault;
+  double theta = 10000.0;
+  double factor = 1.0;            ///< kLinear, kLlama3: how far the context was stretched
+  double low_freq_factor = 1.0;   ///< kLlama3
+  double high_freq_factor = 4.0;  ///< kLlama3
+  std::int64_t original_max_position_embeddings = 8192;  ///< kLlama3
+};
+
+/// Shape and constants of a decoder-only transformer; what config.json (or GGUF keys) says.
+struct ModelConfig {
+  Family family = Family::kLlama;
+  std::int64_t vocab_size = 0;         ///< V
+  std::int64_t hidden_size = 0;        ///< D
+  std::int64_t intermediate_size = 0;  ///< H of a dense FFN; I, the width of one expert, of an MoE
+  std::int64_t num_layers = 0;         ///< L
+  std::int64_t num_heads = 0;
+  std::int64_t num_kv_heads = 0;  ///< divides num_heads (grouped-query attention)
+  std::int64_t head_dim = 0;
+  std::int64_t max_position_embeddings = 0;
+  double rms_norm_eps = 1e-6;
+  Activation activation = Activation::kSilu;
+  RopeConfig rope;
+  bool tie_word_embeddings = false;    ///< lm_head shares the embedding matrix
+  bool attention_bias = false;         ///< q, k, v and o projections carry biases
+  bool mlp_bias = false;               ///< gate, up and down projections carry biases
+  std::int64_t sliding_window = 0;     ///< attention span in tokens; 0: unlimited
+  std::int64_t num_experts = 0;        ///< E; 0: dense
+  std::int64_t experts_per_token = 0;  ///< K
+  std::optional<std::int32_t> bos_token_id;
+  std::vector<std::int32_t> eos_token_ids;
+  DType dtype = DType::kF32;  ///< what the checkpoint stores its matrices in
+
+  bool is_moe() const { return num_experts > 0; }
+};
+
+/// Reads config.json (text). Understands `rope_parameters` (Transformers 5) and the older
+/// `rope_theta` + `rope_scaling`. `origin` names the file in messages.
+/// @throws FileError  a key is missing or of the wrong type, a shape makes no sense, or the
+///                    architecture, activation or rope type is unsupported (the message lists what
+///                    is)
+ModelConfig parse_model_config(const std::string& json_text, const std::string& origin);
+
+/// Parameters and multiply-adds, counted from shapes alone.
+struct ModelCost {
+  std::int64_t parameters = 0;         ///< all weights; a tied head counted once
+  std::int64_t ffn_parameters = 0;     ///< experts and routers included
+  std::int64_t active_parameters = 0;  ///< that one token touches (embedding: one row, not counted)
+  std::int64_t macs_per_token = 0;     ///< projections, FFN, router and head; no attention scores
+  std::int64_t ffn_macs_per_token = 0;  ///< active experts only
+  std::int64_t router_macs_per_token = 0;
+};
+ModelCost model_cost(const ModelConfig& config);
+
+}  // namespace cleave

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace cleave {
+
+class Checkpoint;
+
+/// Text to token ids and back, exactly as HuggingFace `tokenizers` does it for the same
+/// `tokenizer.json`: byte-level BPE (GPT-2, Llama-3, SmolLM2) and the Llama-2 kind (BPE with byte
+/// fallback behind Prepend/Replace normalisers). Added and special tokens are recognised inside
+/// text.
+///
+/// Invalid UTF-8 is read as U+FFFD, one per maximal invalid subpart (Unicode 3.9, as Python's
+/// errors="replace"). Immutable after construction; concurrent use is safe.
+class Tokenizer {
+ public:
+  /// @param origin  names the source in messages
+  /// @throws FileError  malformed, or a normaliser, pre-tokenizer, model or decoder it does not
+  /// know
+  static Tokenizer from_json(const std::string& json_text, const std::string& origin);
+  static Tokenizer from_file(const std::filesystem::path& tokenizer_json);
+  static Tokenizer from_checkpoint(const Checkpoint& checkpoint);
+  Tokenizer(Tokenizer&&) noexcept;
+  Tokenizer& operator=(Tokenizer&&) noexcept;
+  ~Tokenizer();
+
+  /// @param add_special_tokens  apply the post-processor (a leading BOS for most models)
+  std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens = false) const;
+  /// @param skip_special_tokens  leave out tokens marked special
+  /// @throws InvalidArgument  an id outside [0, vocab_size)
+  std::string decode(std::span<const std::int32_t> ids, bool skip_special_tokens = true) const;
+  /// Ids are in [0, vocab_size), added tokens included.
+  std::int32_t vocab_size() const;
+  /// The id of a token by its exact spelling, or -1.
+  std::int32_t token_to_id(std::string_view token) const;
+
+ private:
+  struct Impl;
+  explicit Tokenizer(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace cleave

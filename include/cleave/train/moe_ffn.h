@@ -1,0 +1,79 @@
+#pragma once
+
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cleave/moe_layer.h"
+#include "cleave/routing.h"
+
+namespace cleave::train {
+
+/// Weights of a dense FFN as tensors (HuggingFace layout), frozen or trainable.
+/// y = down (act(gate x) .* (up x)); `gate` undefined: y = down act(up x + up_bias) + down_bias.
+class DenseFfnImpl : public torch::nn::Module {
+ public:
+  DenseFfnImpl(at::Tensor gate, at::Tensor up, at::Tensor down, Activation activation);
+  /// x [T, D] -> [T, D]
+  at::Tensor forward(const at::Tensor& x);
+  at::Tensor gate;  ///< [H, D], or undefined
+  at::Tensor up;    ///< [H, D]
+  at::Tensor down;  ///< [D, H]
+  Activation activation;
+};
+TORCH_MODULE(DenseFfn);
+
+/// How a gate turns logits into weights while training.
+struct GateSpec {
+  GateMode mode = GateMode::kSoftmax;
+  bool straight_through = false;  ///< kHard only: forward 0/1, backward the softmax probability
+};
+
+/// What one forward pass of a layer leaves for the losses and the statistics.
+struct MoeOutputs {
+  at::Tensor input;    ///< [T, D], detached: the layer's own input
+  at::Tensor logits;   ///< [T, E], with gradient
+  at::Tensor ids;      ///< int64 [T, K]
+  at::Tensor weights;  ///< [T, K], with gradient where the gate has one
+};
+
+/// Experts + router with gradients. Executes sparsely: tokens are gathered per expert, two or three
+/// GEMMs run, results are scattered back with their weights; experts without tokens are skipped.
+/// y = scale * sum_k w_k expert_{id_k}(x).
+class MoeFfnImpl : public torch::nn::Module {
+ public:
+  struct Spec {
+    std::int64_t num_experts = 0;        ///< E
+    std::int64_t experts_per_token = 0;  ///< K
+    GateSpec gate;
+    double scale = 1.0;
+    Activation activation = Activation::kSilu;
+  };
+  /// Stacked experts; takes the tensors over (no copy).
+  ///   w_gate [E, I, D] (undefined: two-matrix FFN)   w_up [E, I, D]   w_down [E, D, I]   w_router
+  ///   [E, D]
+  MoeFfnImpl(Spec spec, at::Tensor w_gate, at::Tensor w_up, at::Tensor w_down, at::Tensor w_router);
+
+  /// x [T, D] -> [T, D]; also fills last().
+  at::Tensor forward(const at::Tensor& x);
+  /// The definition: every expert on every token, masked. Same result and gradients, E / K times
+  /// the work; for tests and for labels.
+  at::Tensor forward_masked(const at::Tensor& x);
+  /// Every expert's plain output, no gate, no scale: [T, E, D]. For prior_labels.
+  at::Tensor expert_outputs(const at::Tensor& x);
+
+  const MoeOutputs& last() const { return last_; }
+  Spec spec;
+  at::Tensor w_gate, w_up, w_down, w_router;
+
+ private:
+  /// Logits, ids and weights of x, into last_.
+  void route(const at::Tensor& x);
+  MoeOutputs last_;
+};
+TORCH_MODULE(MoeFfn);
+
+}  // namespace cleave::train
