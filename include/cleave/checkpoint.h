@@ -67,7 +67,10 @@ class Checkpoint {
   /// these are the file's own blocks and row order.
   std::span<const std::byte> raw(std::string_view name) const;
 
+  /// Whether tokenizer_json() has something to give.
+  bool has_tokenizer() const;
   /// The text of `tokenizer.json`: the directory's file, or built from a GGUF's keys.
+  /// @throws FileError  there is none
   std::string tokenizer_json() const;
   /// Text files beside the weights that a written model carries along (tokenizer_config.json,
   /// special_tokens_map.json, generation_config.json, chat_template.jinja, ...): name and content.

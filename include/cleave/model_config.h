@@ -49,6 +49,7 @@ struct ModelConfig {
   std::int64_t experts_per_token = 0;  ///< K
   std::optional<std::int32_t> bos_token_id;
   std::vector<std::int32_t> eos_token_ids;
+  std::optional<std::int32_t> pad_token_id;
   DType dtype = DType::kF32;  ///< what the checkpoint stores its matrices in
 
   bool is_moe() const { return num_experts > 0; }

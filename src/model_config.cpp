@@ -1,0 +1,238 @@
+#include "cleave/model_config.h"
+
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "fail.h"
+#include "json.h"
+#include "model_config_check.h"
+
+namespace cleave {
+namespace {
+
+constexpr const char* kSupportedFamilies = "llama, mistral and mixtral";
+
+/// What Transformers assumes for a key that config.json leaves out; the classes differ.
+struct FamilyDefaults {
+  Family family;
+  const char* model_type;
+  const char* architecture;
+  std::optional<std::int64_t> num_kv_heads;  // unset: num_heads
+  std::int64_t max_position_embeddings;
+  double rms_norm_eps;
+  double rope_theta;
+  std::int64_t sliding_window;
+};
+constexpr std::array<FamilyDefaults, 3> kFamilies = {{
+    {Family::kLlama, "llama", "LlamaForCausalLM", std::nullopt, 2048, 1e-6, 1e4, 0},
+    {Family::kMistral, "mistral", "MistralForCausalLM", 8, 131072, 1e-6, 1e4, 4096},
+    {Family::kMixtral, "mixtral", "MixtralForCausalLM", 8, 131072, 1e-5, 1e6, 0},
+}};
+
+const FamilyDefaults& read_family(const JsonReader& json) {
+  const auto model_type = json.string("model_type");
+  if (!model_type)
+    fail_file("{}: key 'model_type' is missing; expected one of {}", json.origin(),
+              kSupportedFamilies);
+  for (const FamilyDefaults& family : kFamilies)
+    if (*model_type == family.model_type) return family;
+  fail_file("{}: model_type '{}' is not supported; {} are", json.origin(), *model_type,
+            kSupportedFamilies);
+}
+
+/// A classifier or a bare encoder has the right model_type but no language-model head.
+void check_architecture(const JsonReader& json, const FamilyDefaults& family) {
+  const nlohmann::json* listed = json.find("architectures");
+  if (listed == nullptr) return;
+  if (!listed->is_array()) json.fail_type("architectures", "an array of strings");
+  for (const auto& name : *listed)
+    if (name != family.architecture) json.fail_type("architectures", family.architecture);
+}
+
+std::int64_t required(const JsonReader& json, const char* key) {
+  const auto value = json.integer(key);
+  if (!value) fail_file("{}: key '{}' is missing", json.origin(), key);
+  return *value;
+}
+
+Activation read_activation(const JsonReader& json) {
+  const std::string name = json.string("hidden_act").value_or("silu");
+  if (name == "swish") return Activation::kSilu;
+  if (name == "gelu_new") return Activation::kGeluTanh;
+  for (const auto candidate : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
+                               Activation::kRelu, Activation::kRelu2, Activation::kIdentity})
+    if (name == activation_name(candidate)) return candidate;
+  json.fail_type("hidden_act", "silu, gelu, gelu_pytorch_tanh, relu, relu2 or linear");
+}
+
+RopeConfig::Type read_rope_type(const JsonReader& rope) {
+  // `type` is the spelling before Transformers 4.45.
+  const std::string key = rope.has("rope_type") ? "rope_type" : "type";
+  const std::string name = rope.string(key).value_or("default");
+  if (name == "default") return RopeConfig::Type::kDefault;
+  if (name == "linear") return RopeConfig::Type::kLinear;
+  if (name == "llama3") return RopeConfig::Type::kLlama3;
+  rope.fail_type(key, "default, linear or llama3 (other kinds are not supported)");
+}
+
+/// `rope_parameters` (Transformers 5; theta inside) or `rope_theta` + `rope_scaling`.
+RopeConfig read_rope(const JsonReader& json, double default_theta) {
+  RopeConfig config;
+  config.theta = json.number("rope_theta").value_or(default_theta);
+  const char* key = json.has("rope_parameters") ? "rope_parameters" : "rope_scaling";
+  const nlohmann::json* section = json.find(key);
+  if (section != nullptr) {
+    if (!section->is_object()) json.fail_type(key, "an object");
+    const JsonReader rope(*section, json.origin() + ": " + key);
+    config.type = read_rope_type(rope);
+    config.theta = rope.number("rope_theta").value_or(config.theta);
+    if (config.type != RopeConfig::Type::kDefault) {
+      const auto factor = rope.number("factor");
+      if (!factor) fail_file("{}: key 'factor' is missing", rope.origin());
+      config.factor = *factor;
+    }
+    if (config.type == RopeConfig::Type::kLlama3) {
+      config.low_freq_factor = rope.number("low_freq_factor").value_or(config.low_freq_factor);
+      config.high_freq_factor = rope.number("high_freq_factor").value_or(config.high_freq_factor);
+      config.original_max_position_embeddings =
+          rope.integer("original_max_position_embeddings")
+              .value_or(config.original_max_position_embeddings);
+    }
+    if (rope.number("partial_rotary_factor").value_or(1.0) != 1.0)
+      rope.fail_type("partial_rotary_factor", "1 (partial rotation is not supported)");
+  }
+  if (json.number("partial_rotary_factor").value_or(1.0) != 1.0)
+    json.fail_type("partial_rotary_factor", "1 (partial rotation is not supported)");
+  return config;
+}
+
+/// A token id; -1 (some configs' way to say "none") and null give nothing.
+std::optional<std::int32_t> read_token_id(const JsonReader& json, const char* key) {
+  const auto id = json.integer(key);
+  if (!id || *id < 0) return std::nullopt;
+  if (*id > std::numeric_limits<std::int32_t>::max()) json.fail_type(key, "a token id");
+  return static_cast<std::int32_t>(*id);
+}
+
+std::vector<std::int32_t> read_eos_ids(const JsonReader& json) {
+  const nlohmann::json* value = json.find("eos_token_id");
+  if (value == nullptr) return {};
+  std::vector<std::int32_t> ids;
+  if (!value->is_array()) {
+    if (const auto id = read_token_id(json, "eos_token_id")) ids.push_back(*id);
+    return ids;
+  }
+  for (const auto& id : *value) {
+    if (!id.is_number_unsigned() || id > std::numeric_limits<std::int32_t>::max())
+      json.fail_type("eos_token_id", "a token id or a list of token ids");
+    ids.push_back(id.get<std::int32_t>());
+  }
+  return ids;
+}
+
+DType read_dtype(const JsonReader& json) {
+  const char* key = json.has("dtype") ? "dtype" : "torch_dtype";  // Transformers 5 and before
+  const std::string name = json.string(key).value_or("float32");
+  if (name == "float32") return DType::kF32;
+  if (name == "float16") return DType::kF16;
+  if (name == "bfloat16") return DType::kBF16;
+  json.fail_type(key, "float32, float16 or bfloat16");
+}
+
+void read_shapes(const JsonReader& json, const FamilyDefaults& family, ModelConfig& config) {
+  config.vocab_size = required(json, "vocab_size");
+  config.hidden_size = required(json, "hidden_size");
+  config.intermediate_size = required(json, "intermediate_size");
+  config.num_layers = required(json, "num_hidden_layers");
+  config.num_heads = required(json, "num_attention_heads");
+  config.num_kv_heads =
+      json.integer("num_key_value_heads").value_or(family.num_kv_heads.value_or(config.num_heads));
+  config.max_position_embeddings =
+      json.integer("max_position_embeddings").value_or(family.max_position_embeddings);
+  if (const auto head_dim = json.integer("head_dim")) {
+    config.head_dim = *head_dim;
+  } else {
+    if (config.num_heads < 1 || config.hidden_size % config.num_heads != 0)
+      fail_file(
+          "{}: hidden_size {} is not a multiple of num_attention_heads {}, and there is no "
+          "head_dim",
+          json.origin(), config.hidden_size, config.num_heads);
+    config.head_dim = config.hidden_size / config.num_heads;
+  }
+  if (config.family == Family::kMixtral) {
+    config.num_experts = json.integer("num_local_experts").value_or(8);
+    config.experts_per_token = json.integer("num_experts_per_tok").value_or(2);
+    if (config.num_experts < 1)
+      fail_file("{}: num_local_experts is {}; expected at least 1", json.origin(),
+                config.num_experts);
+  }
+}
+
+}  // namespace
+
+const char* family_name(Family family) {
+  for (const FamilyDefaults& known : kFamilies)
+    if (known.family == family) return known.model_type;
+  fail_argument("family_name: {} is no family", static_cast<int>(family));
+}
+
+ModelConfig parse_model_config(const std::string& json_text, const std::string& origin) {
+  const nlohmann::json object = parse_json_object(json_text, origin);
+  const JsonReader json(object, origin);
+  const FamilyDefaults& family = read_family(json);
+  check_architecture(json, family);
+  if (json.has("quantization_config"))
+    fail_file("{}: the model is quantised (quantization_config); use its F32, F16 or BF16 weights",
+              origin);
+
+  ModelConfig config;
+  config.family = family.family;
+  read_shapes(json, family, config);
+  config.rms_norm_eps = json.number("rms_norm_eps").value_or(family.rms_norm_eps);
+  config.activation = read_activation(json);
+  config.rope = read_rope(json, family.rope_theta);
+  config.tie_word_embeddings = json.boolean("tie_word_embeddings").value_or(false);
+  config.attention_bias = json.boolean("attention_bias").value_or(false);
+  config.mlp_bias = json.boolean("mlp_bias").value_or(false);
+  // `null` is how Mistral says "unlimited"; only a key that is not there takes the default.
+  config.sliding_window = object.contains("sliding_window")
+                              ? json.integer("sliding_window").value_or(0)
+                              : family.sliding_window;
+  config.bos_token_id = read_token_id(json, "bos_token_id");
+  config.eos_token_ids = read_eos_ids(json);
+  config.pad_token_id = read_token_id(json, "pad_token_id");
+  config.dtype = read_dtype(json);
+  check_model_config(config, origin);
+  return config;
+}
+
+ModelCost model_cost(const ModelConfig& c) {
+  const std::int64_t q_width = c.num_heads * c.head_dim;
+  const std::int64_t kv_width = c.num_kv_heads * c.head_dim;
+  const std::int64_t attention_macs = 2 * c.hidden_size * (q_width + kv_width);
+  const std::int64_t attention =
+      attention_macs + (c.attention_bias ? q_width + 2 * kv_width + c.hidden_size : 0);
+  const std::int64_t expert_macs = 3 * c.hidden_size * c.intermediate_size;
+  const std::int64_t expert =
+      expert_macs + (c.mlp_bias ? 2 * c.intermediate_size + c.hidden_size : 0);
+  const std::int64_t router = c.num_experts * c.hidden_size;
+  const std::int64_t stored = c.is_moe() ? c.num_experts : 1;
+  const std::int64_t active = c.is_moe() ? c.experts_per_token : 1;
+  const std::int64_t norms = 2 * c.hidden_size;
+  const std::int64_t head = c.vocab_size * c.hidden_size;
+
+  ModelCost cost;
+  cost.ffn_parameters = c.num_layers * (stored * expert + router);
+  cost.parameters = c.num_layers * (attention + norms) + cost.ffn_parameters + c.hidden_size +
+                    head * (c.tie_word_embeddings ? 1 : 2);
+  cost.active_parameters =
+      c.num_layers * (attention + norms + active * expert + router) + c.hidden_size + head;
+  cost.ffn_macs_per_token = c.num_layers * active * expert_macs;
+  cost.router_macs_per_token = c.num_layers * router;
+  cost.macs_per_token =
+      c.num_layers * attention_macs + cost.ffn_macs_per_token + cost.router_macs_per_token + head;
+  return cost;
+}
+
+}  // namespace cleave
