@@ -1,12 +1,14 @@
 #include <algorithm>
 #include <map>
-#include <set>
+#include <numeric>
+#include <utility>
 
 #include "decoder_tensors.h"
 #include "fail.h"
 #include "json.h"
 #include "mapped_file.h"
 #include "model_files.h"
+#include "safetensors.h"
 
 // A HuggingFace directory: config.json beside model.safetensors, or beside several files and an
 // index that says which tensor lies in which.
@@ -73,6 +75,29 @@ void open_sharded(ModelFiles& model, const fs::path& index) {
   }
 }
 
+/// Writers keep one of two tensors that share memory, and for a tied head that may be `lm_head`:
+/// then it is the embedding under another name.
+void name_tied_embedding(ModelFiles& model) {
+  const auto head = find_tensor(model.infos, "lm_head.weight");
+  if (!model.config.tie_word_embeddings || !head ||
+      find_tensor(model.infos, "model.embed_tokens.weight"))
+    return;
+  model.infos[*head].name = "model.embed_tokens.weight";
+  // Renaming breaks the order by name; the bytes have to move along.
+  std::vector<std::size_t> order(model.infos.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    return model.infos[a].name < model.infos[b].name;
+  });
+  ModelFiles sorted;
+  for (const std::size_t i : order) {
+    sorted.infos.push_back(model.infos[i]);
+    sorted.stored.push_back(model.stored[i]);
+  }
+  model.infos = std::move(sorted.infos);
+  model.stored = std::move(sorted.stored);
+}
+
 }  // namespace
 
 ModelFiles open_safetensors_model(const fs::path& weights) {
@@ -88,6 +113,7 @@ ModelFiles open_safetensors_model(const fs::path& weights) {
     open_sharded(model, weights);
   else
     open_single(model, weights);
+  name_tied_embedding(model);
   check_decoder_tensors(model.config, model.infos, weights.string());
   return model;
 }

@@ -14,6 +14,9 @@ TEST(Checkpoint, OpensAHuggingFaceDirectory) {
   EXPECT_EQ(model.format(), Checkpoint::Format::kSafetensors);
   EXPECT_EQ(model.config().hidden_size, 128);
   EXPECT_TRUE(model.config().tie_word_embeddings);
+  // The file stores the tied matrix as lm_head.weight only.
+  EXPECT_EQ(model.read("model.embed_tokens.weight", {2048, 128}).size(), 2048u * 128u);
+  EXPECT_FALSE(model.contains("lm_head.weight"));
   EXPECT_EQ(model.read("model.norm.weight", {128}).size(), 128u);
   EXPECT_THROW(model.read("model.norm.weight", {64, 2}), FileError);
   EXPECT_THROW(model.read("absent"), FileError);
