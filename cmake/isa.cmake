@@ -9,11 +9,13 @@ function(cleave_add_isa isa)
   add_library(cleave_${isa} OBJECT ${isa_sources})
   target_compile_definitions(cleave_${isa} PRIVATE CLEAVE_ISA=${isa} Eigen=Eigen_${isa}
     EIGEN_MPL2_ONLY EIGEN_DONT_PARALLELIZE)
-  target_compile_options(cleave_${isa} PRIVATE ${ARGN})
+  cleave_set_warnings(cleave_${isa})
+  # GCC 12 takes _mm512_undefined_ps(), which is undefined on purpose, for a mistake (bug 105593).
+  target_compile_options(cleave_${isa} PRIVATE ${ARGN}
+    $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized>)
   target_include_directories(cleave_${isa} PRIVATE ${PROJECT_SOURCE_DIR}/src
     ${PROJECT_SOURCE_DIR}/include)
   target_link_libraries(cleave_${isa} PRIVATE Eigen3::Eigen)
-  cleave_set_warnings(cleave_${isa})
   target_sources(cleave_core PRIVATE $<TARGET_OBJECTS:cleave_${isa}>)
 endfunction()
 if(isa_sources)

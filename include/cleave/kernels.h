@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "cleave/expert.h"
@@ -50,9 +51,13 @@ void linear_reference(MatrixView<const float> x, MatrixView<const float> weight,
 
 /// Selects K experts per token and weighs them.
 ///   logits [T, E]   routing.ids, routing.weights [T, K], resized and written
-/// @throws InvalidArgument  K < 1 or K > E, or a logit is NaN (names the token)
+/// @throws InvalidArgument  K < 1 or K > E, or a logit is NaN or infinite (names the token)
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
            Routing& routing);
+
+/// The definition of route(): a stable sort and a softmax in double.
+void route_reference(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
+                     Routing& routing);
 
 /// The (token, slot) pairs of a routing, sorted by expert.
 struct TokenGroups {
@@ -62,10 +67,15 @@ struct TokenGroups {
 /// O(T * K). @throws InvalidArgument  an id outside [0, num_experts)
 TokenGroups group_tokens(const Routing& routing, std::int64_t num_experts);
 
+/// The definition of group_tokens(): one pass over all pairs per expert.
+TokenGroups group_tokens_reference(const Routing& routing, std::int64_t num_experts);
+
 /// y[t] += scale * sum over k of weights[t,k] * expert_{ids[t,k]}(x[t]).
 ///   bank [E experts]   x [T, D]   y [T, D], added to; must not overlap x
 /// Adds to y: "replace the FFN" starts from y = 0, "add to a frozen layer" from its output. The
-/// bank's down_bias is not added here. Experts without tokens are not touched.
+/// bank's down_bias is not added here. Experts without tokens are not touched. The result does not
+/// depend on how `parallel` cuts the work, up to float rounding.
+/// @throws InvalidArgument  shapes disagree, or an id outside [0, E)
 void moe_ffn(const ExpertBank& bank, const Routing& routing, float scale, MatrixView<const float> x,
              MatrixView<float> y, const ParallelFor& parallel);
 
@@ -76,7 +86,12 @@ void moe_ffn_reference(const ExpertBank& bank, const Routing& routing, float sca
                        MatrixView<float> magnitude = {});
 
 /// y[t] += dense FFN(x[t]), output bias included. x [T, D], y [T, D].
+/// @throws InvalidArgument  shapes disagree
 void dense_ffn(const FfnView& ffn, MatrixView<const float> x, MatrixView<float> y,
                const ParallelFor& parallel);
+
+/// The definition of dense_ffn: as moe_ffn_reference.
+void dense_ffn_reference(const FfnView& ffn, MatrixView<const float> x, MatrixView<float> y,
+                         MatrixView<float> magnitude = {});
 
 }  // namespace cleave

@@ -1,0 +1,10 @@
+#pragma once
+
+#include "cleave/routing.h"
+
+namespace cleave {
+
+/// @throws InvalidArgument  ids or weights are not [T, K], or an id is outside [0, num_experts)
+void check_routing(const char* function, const Routing& routing, std::int64_t num_experts);
+
+}  // namespace cleave

@@ -1,0 +1,68 @@
+#include "kernels/dispatch.h"
+
+#include <fmt/format.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "cleave/error.h"
+
+namespace cleave {
+namespace {
+
+struct Isa {
+  const char* name;
+  const IsaKernels* kernels;
+  bool supported;
+};
+
+// Widest first. A set counts only with every feature that its objects are compiled for
+// (cmake/isa.cmake).
+std::vector<Isa> all_isas() {
+  std::vector<Isa> isas;
+#ifdef CLEAVE_HAVE_X86_ISA
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  isas.push_back({"avx512", &avx512::kernels(), avx512});
+  isas.push_back({"avx2", &avx2::kernels(), avx2});
+#endif
+  isas.push_back({"scalar", &scalar::kernels(), true});
+  return isas;
+}
+
+Isa choose_isa() {
+  const char* wanted = std::getenv("CLEAVE_ISA");
+  std::string usable;
+  for (const Isa& isa : all_isas()) {
+    if (!isa.supported) continue;
+    if (wanted == nullptr || *wanted == '\0' || isa.name == std::string(wanted)) return isa;
+    usable += usable.empty() ? isa.name : std::string(", ") + isa.name;
+  }
+  throw InvalidArgument(fmt::format(
+      "CLEAVE_ISA: '{}' is not an instruction set this machine and build have; use one of {}, or "
+      "unset it",
+      wanted, usable));
+}
+
+const Isa& chosen_isa() {
+  static const Isa isa = choose_isa();
+  return isa;
+}
+
+}  // namespace
+
+const char* isa_name() { return chosen_isa().name; }
+
+const IsaKernels& isa_kernels() { return *chosen_isa().kernels; }
+
+const IsaKernels* find_isa_kernels(const char* name) {
+  for (const Isa& isa : all_isas())
+    if (isa.supported && isa.name == std::string(name)) return isa.kernels;
+  return nullptr;
+}
+
+}  // namespace cleave

@@ -1,0 +1,41 @@
+// group_tokens on the CPU: a counting sort. Definition: group_tokens_reference.cpp.
+
+#include <fmt/format.h>
+
+#include "cleave/error.h"
+#include "cleave/kernels.h"
+#include "kernels/check_routing.h"
+
+namespace cleave {
+
+void check_routing(const char* function, const Routing& routing, std::int64_t num_experts) {
+  const auto pairs = static_cast<std::size_t>(routing.num_tokens * routing.experts_per_token);
+  if (routing.ids.size() != pairs || routing.weights.size() != pairs)
+    throw InvalidArgument(fmt::format(
+        "{}: routing of {} tokens x {} experts has {} ids and {} weights; both must be {}",
+        function, routing.num_tokens, routing.experts_per_token, routing.ids.size(),
+        routing.weights.size(), pairs));
+  for (std::size_t i = 0; i < pairs; ++i)
+    if (routing.ids[i] < 0 || routing.ids[i] >= num_experts)
+      throw InvalidArgument(
+          fmt::format("{}: token {} is routed to expert {}, but there are {} experts (0 to {}); "
+                      "was the routing "
+                      "made for another layer?",
+                      function, static_cast<std::int64_t>(i) / routing.experts_per_token,
+                      routing.ids[i], num_experts, num_experts - 1));
+}
+
+TokenGroups group_tokens(const Routing& routing, std::int64_t num_experts) {
+  check_routing("group_tokens", routing, num_experts);
+  TokenGroups groups;
+  groups.begin.assign(num_experts + 1, 0);
+  groups.pair.resize(routing.ids.size());
+  for (const std::int32_t id : routing.ids) ++groups.begin[id + 1];
+  for (std::int64_t e = 0; e < num_experts; ++e) groups.begin[e + 1] += groups.begin[e];
+  std::vector<std::int64_t> next(groups.begin.begin(), groups.begin.end() - 1);
+  for (std::size_t pair = 0; pair < routing.ids.size(); ++pair)
+    groups.pair[next[routing.ids[pair]]++] = static_cast<std::int64_t>(pair);
+  return groups;
+}
+
+}  // namespace cleave

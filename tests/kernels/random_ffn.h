@@ -1,0 +1,75 @@
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "cleave/kernels.h"
+
+// Random matrices, banks and routings for kernel tests. Same seed, same values.
+namespace cleave::testing {
+
+inline constexpr double kEpsilon = std::numeric_limits<float>::epsilon();
+
+struct OwnedMatrix {
+  std::int64_t rows = 0, cols = 0;
+  std::vector<float> values;
+  MatrixView<float> view() { return {values.data(), rows, cols}; }
+  MatrixView<const float> view() const { return {values.data(), rows, cols}; }
+};
+
+inline std::int64_t pick(std::mt19937& rng, std::int64_t low, std::int64_t high) {
+  return low + static_cast<std::int64_t>(rng() % static_cast<unsigned>(high - low + 1));
+}
+
+inline std::vector<float> random_values(std::mt19937& rng, std::int64_t n) {
+  std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+  std::vector<float> values(n);
+  for (float& value : values) value = uniform(rng);
+  return values;
+}
+
+inline OwnedMatrix random_matrix(std::mt19937& rng, std::int64_t rows, std::int64_t cols) {
+  return {rows, cols, random_values(rng, rows * cols)};
+}
+
+/// Experts of uneven widths; H >= E rows in all.
+inline ExpertBank random_bank(std::mt19937& rng, std::int64_t D, std::int64_t H, std::int64_t E,
+                              bool gated, bool biases, Activation activation) {
+  ExpertBank bank;
+  bank.d_model = D;
+  bank.dense_hidden = H;
+  bank.activation = activation;
+  std::vector<std::int64_t> cuts(H - 1);
+  std::iota(cuts.begin(), cuts.end(), 1);
+  std::shuffle(cuts.begin(), cuts.end(), rng);
+  bank.begin.assign(cuts.begin(), cuts.begin() + (E - 1));
+  bank.begin.push_back(0);
+  bank.begin.push_back(H);
+  std::sort(bank.begin.begin(), bank.begin.end());
+  bank.neuron_order.resize(H);
+  std::iota(bank.neuron_order.begin(), bank.neuron_order.end(), 0);
+  if (gated) bank.gate = random_values(rng, H * D);
+  bank.up = random_values(rng, H * D);
+  bank.down_t = random_values(rng, H * D);
+  if (biases && gated) bank.gate_bias = random_values(rng, H);
+  if (biases) bank.up_bias = random_values(rng, H);
+  return bank;
+}
+
+inline Routing random_routing(std::mt19937& rng, std::int64_t T, std::int64_t E, std::int64_t K) {
+  Routing routing;
+  route(random_matrix(rng, T, E).view(), K, GateMode::kSoftmax, routing);
+  return routing;
+}
+
+/// What a dot product over D, twice, a product of the two and a sum over H may be off by, as a
+/// multiple of the sum of |terms|: n terms lose at most n * eps; 1.1 bounds the slope of SiLU and
+/// GELU, 16 covers the single products between and the few ulp of a vector exp or tanh.
+inline double ffn_bound(std::int64_t D, std::int64_t H) {
+  return 1.15 * static_cast<double>(2 * D + H + 16) * kEpsilon;
+}
+
+}  // namespace cleave::testing
