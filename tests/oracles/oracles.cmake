@@ -1,0 +1,20 @@
+# Checks against Transformers, an independent implementation (label `oracle`; they skip without it).
+# CASE names the steps in tests/oracles/check.sh.
+function(cleave_add_oracle case timeout)
+  add_test(NAME oracle.${case}
+    COMMAND bash ${CMAKE_CURRENT_SOURCE_DIR}/oracles/check.sh $<TARGET_FILE:cleave_cli>
+            ${PROJECT_BINARY_DIR}/oracle ${case})
+  set_tests_properties(oracle.${case} PROPERTIES LABELS oracle TIMEOUT ${timeout}
+                       SKIP_RETURN_CODE 77)
+endfunction()
+
+if(TARGET cleave_cli)
+  cleave_add_oracle(dense 300)
+  cleave_add_oracle(converted 300)
+  cleave_add_oracle(hard_gate 300)
+  if(CLEAVE_TRAIN)
+    cleave_add_oracle(tuned 300)
+  endif()
+  cleave_add_oracle(smollm2_converted 900)
+  cleave_add_oracle(smollm2_perplexity 900)
+endif()
