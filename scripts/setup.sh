@@ -94,6 +94,16 @@ print(torch.utils.cmake_prefix_path + "/Torch")' 2>/dev/null && return 0
   return 1
 }
 
+install_torch_wheel() {  # VENV
+  # The extra index offers 2.13.0+cpu, which pip ranks above PyPI's 2.13.0 with its gigabytes of CUDA
+  # packages. Asked for torch alone, an index that cannot be reached costs one time-out; what torch
+  # itself needs then comes from PyPI, and depends on which of the two it was.
+  local pip=("$1/bin/python" -m pip install --quiet --disable-pip-version-check --retries 1 --timeout 15)
+  { "${pip[@]}" --no-deps --extra-index-url https://download.pytorch.org/whl/cpu \
+      "torch==$cleave_torch_version" && "${pip[@]}" "torch==$cleave_torch_version" numpy; } >&2 ||
+    fail "pip could not install torch==$cleave_torch_version; give another LibTorch with Torch_DIR, or set CLEAVE_TRAIN=OFF to go without training"
+}
+
 install_libtorch() {
   if [ "${CLEAVE_TRAIN:-ON}" = OFF ]; then say "CLEAVE_TRAIN=OFF: no LibTorch needed"; return; fi
   local found
@@ -102,11 +112,7 @@ install_libtorch() {
   python="$(find_python)"
   say "installing LibTorch $cleave_torch_version from its Python wheel into .venv (some 200 MB)"
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" || fail "$python -m venv $venv failed"
-  # The extra index offers 2.13.0+cpu, which pip ranks above PyPI's 2.13.0 with its gigabytes of CUDA
-  # packages. Where it cannot be reached pip says so and takes what else there is.
-  "$venv/bin/python" -m pip install --quiet --retries 1 --timeout 15 \
-    --extra-index-url https://download.pytorch.org/whl/cpu "torch==$cleave_torch_version" numpy >&2 ||
-    fail "pip could not install torch==$cleave_torch_version; give another LibTorch with Torch_DIR, or set CLEAVE_TRAIN=OFF to go without training"
+  install_torch_wheel "$venv"
   find_libtorch >/dev/null || fail "torch was installed into $venv but cannot be imported"
 }
 

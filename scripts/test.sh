@@ -27,8 +27,8 @@ prepare_oracles() {
   say "installing Transformers into .venv-oracle"
   python="$(find_python)"
   "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --retries 1 --timeout 15 \
-    --extra-index-url https://download.pytorch.org/whl/cpu \
+  install_torch_wheel "$venv"
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     -r "$cleave_root/tests/oracles/requirements.txt" >&2 || fail "pip could not install Transformers"
 }
 
