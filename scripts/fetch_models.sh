@@ -48,7 +48,7 @@ unpack_jargon() {
   command -v apt-get >/dev/null || { say "no apt-get here, so no jargon-text"; return 1; }
   # Downloading and unpacking needs no root. An old package list may name a file that is gone.
   (cd "$scratch" && chmod 755 . && apt-get download -q jargon-text >&2) ||
-    { as_root apt-get update -q >&2; (cd "$scratch" && apt-get download -q jargon-text >&2); } || return 1
+    { can_be_root && as_root apt-get update -q >&2; (cd "$scratch" && apt-get download -q jargon-text >&2); } || return 1
   package="$(find "$scratch" -maxdepth 1 -name 'jargon-text_*.deb')"
   dpkg -x "$package" "$scratch/jargon" && gzip -dc "$scratch/jargon$installed" >"$scratch/jargon.txt"
 }

@@ -23,14 +23,8 @@ cleave_packages=(g++ cmake ninja-build ccache libeigen3-dev libfmt-dev libcli11-
 
 is_installed() { dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q 'install ok installed'; }
 
-# Runs a command as root: directly, or through sudo; without either it says what to run and stops.
-as_root() {
-  if [ "$(id -u)" = 0 ]; then "$@"
-  elif command -v sudo >/dev/null; then sudo "$@"
-  else fail "neither root nor sudo; please run as root, then start again:  $*"; fi
-}
-
-apt_install() { as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; }
+can_be_root() { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; }
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
 
 install_packages() {
   if ! command -v apt-get >/dev/null; then
@@ -48,8 +42,11 @@ install_packages() {
   fi
   [ ${#missing[@]} -gt 0 ] || return 0
   say "installing with apt: ${missing[*]}"
+  can_be_root || fail "neither root nor sudo here; please run this as root, then start again:
+    apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
   as_root apt-get update -q >&2 || say "apt-get update failed; going on with the lists that are here"
-  apt_install "${missing[@]}" >&2 || fail "apt could not install: ${missing[*]}"
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends \
+    "${missing[@]}" >&2 || fail "apt could not install: ${missing[*]}"
 }
 
 # A Python that LibTorch's wheels and venv support.
@@ -78,10 +75,7 @@ torch_below() {
 
 # Prints where LibTorch was found; the order is that of cmake/dependencies.cmake.
 find_libtorch() {
-  if [ -n "${Torch_DIR:-}" ]; then
-    [ -f "$Torch_DIR/TorchConfig.cmake" ] || fail "Torch_DIR=$Torch_DIR holds no TorchConfig.cmake"
-    echo "$Torch_DIR"; return 0
-  fi
+  if [ -n "${Torch_DIR:-}" ]; then echo "$Torch_DIR"; return 0; fi
   local prefixes python
   IFS=: read -r -a prefixes <<<"${CMAKE_PREFIX_PATH:-}"
   torch_below "${prefixes[@]}" && return 0
@@ -106,6 +100,9 @@ install_torch_wheel() {  # VENV
 
 install_libtorch() {
   if [ "${CLEAVE_TRAIN:-ON}" = OFF ]; then say "CLEAVE_TRAIN=OFF: no LibTorch needed"; return; fi
+  if [ -n "${Torch_DIR:-}" ] && [ ! -f "$Torch_DIR/TorchConfig.cmake" ]; then
+    fail "Torch_DIR=$Torch_DIR holds no TorchConfig.cmake"
+  fi
   local found
   if found="$(find_libtorch)"; then say "LibTorch: $found"; return; fi
   local venv="$cleave_root/.venv" python
