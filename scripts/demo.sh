@@ -28,8 +28,8 @@ choose_smollm2() {
   dense="$cleave_root/models/SmolLM2-135M-Instruct.Q4_1.gguf"
   train_text="$cleave_root/models/jargon.train.txt"
   eval_text="$cleave_root/models/jargon.heldout.txt"
-  convert_options=()
-  train_options=(--steps 60 --batch 2 --context 256 --lr 2e-4)
+  convert_options=(--calibration-tokens 8192)
+  train_options=(--steps 60 --batch 2 --context 256 --lr 2e-4 --held-out-windows 4)
   eval_options=(--context 512 --limit-tokens 4096)
   prompt="A hacker is a person who"
 }
