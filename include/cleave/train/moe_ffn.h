@@ -12,23 +12,35 @@
 
 namespace cleave::train {
 
-/// Weights of a dense FFN as tensors (HuggingFace layout), frozen or trainable.
-/// y = down (act(gate x) .* (up x)); `gate` undefined: y = down act(up x + up_bias) + down_bias.
+/// The biases of a dense FFN; each may be undefined.
+struct FfnBiases {
+  at::Tensor gate;  ///< [H]
+  at::Tensor up;    ///< [H]
+  at::Tensor down;  ///< [D]
+};
+
+/// Weights of a dense FFN as tensors (HuggingFace layout), frozen or trainable (see MoeFfnImpl).
+/// y = down (act(gate x + gate_bias) .* (up x + up_bias)) + down_bias; `gate` undefined:
+/// y = down act(up x + up_bias) + down_bias.
 class DenseFfnImpl : public torch::nn::Module {
  public:
-  DenseFfnImpl(at::Tensor gate, at::Tensor up, at::Tensor down, Activation activation);
+  /// Takes the tensors over (no copy).
+  /// @throws InvalidArgument  shapes disagree
+  DenseFfnImpl(at::Tensor gate, at::Tensor up, at::Tensor down, Activation activation,
+               FfnBiases biases = {});
   /// x [T, D] -> [T, D]
   at::Tensor forward(const at::Tensor& x);
   at::Tensor gate;  ///< [H, D], or undefined
   at::Tensor up;    ///< [H, D]
   at::Tensor down;  ///< [D, H]
+  FfnBiases biases;
   Activation activation;
 };
 TORCH_MODULE(DenseFfn);
 
 /// How a gate turns logits into weights while training.
 struct GateSpec {
-  GateMode mode = GateMode::kSoftmax;
+  GateMode mode = GateMode::kSoftmax;  ///< K = 1: the weight is 1 and the router has no gradient
   bool straight_through = false;  ///< kHard only: forward 0/1, backward the softmax probability
 };
 
@@ -42,7 +54,8 @@ struct MoeOutputs {
 
 /// Experts + router with gradients. Executes sparsely: tokens are gathered per expert, two or three
 /// GEMMs run, results are scattered back with their weights; experts without tokens are skipped.
-/// y = scale * sum_k w_k expert_{id_k}(x).
+/// y = scale * sum_k w_k expert_{id_k}(x). Softmax weights sum to 1 (scale E makes an even choice
+/// of all experts the dense FFN); hard ones are 1 each (scale E / K).
 class MoeFfnImpl : public torch::nn::Module {
  public:
   struct Spec {
@@ -52,17 +65,19 @@ class MoeFfnImpl : public torch::nn::Module {
     double scale = 1.0;
     Activation activation = Activation::kSilu;
   };
-  /// Stacked experts; takes the tensors over (no copy).
+  /// Stacked experts; takes the tensors over (no copy). A tensor that requires a gradient is
+  /// trainable, any other is frozen: it gets no gradient buffer.
   ///   w_gate [E, I, D] (undefined: two-matrix FFN)   w_up [E, I, D]   w_down [E, D, I]   w_router
   ///   [E, D]
   MoeFfnImpl(Spec spec, at::Tensor w_gate, at::Tensor w_up, at::Tensor w_down, at::Tensor w_router);
 
-  /// x [T, D] -> [T, D]; also fills last().
+  /// x [T, D] -> [T, D]; also fills last(). T * K rows run through each GEMM.
   at::Tensor forward(const at::Tensor& x);
   /// The definition: every expert on every token, masked. Same result and gradients, E / K times
   /// the work; for tests and for labels.
   at::Tensor forward_masked(const at::Tensor& x);
-  /// Every expert's plain output, no gate, no scale: [T, E, D]. For prior_labels.
+  /// Every expert's plain output, no gate, no scale, no gradient: [T, E, D]. For prior_labels;
+  /// costs E / K times the layer's own forward pass.
   at::Tensor expert_outputs(const at::Tensor& x);
 
   const MoeOutputs& last() const { return last_; }
@@ -72,6 +87,8 @@ class MoeFfnImpl : public torch::nn::Module {
  private:
   /// Logits, ids and weights of x, into last_.
   void route(const at::Tensor& x);
+  /// expert_outputs() with gradients.
+  at::Tensor all_outputs(const at::Tensor& x) const;
   MoeOutputs last_;
 };
 TORCH_MODULE(MoeFfn);
