@@ -28,9 +28,11 @@ struct DecoderLayer {
 /// A test holds it equal to cleave::Model, the LibTorch-free forward pass.
 class TransformerImpl : public torch::nn::Module {
  public:
-  /// Reads every weight as float32 and then converts to `dtype` on `device`. A directory written by
-  /// convert carries cleave.json: with gate = hard its folded scale and router epsilon are undone,
-  /// so that training sees the mask and not its approximation.
+  /// Reads every weight as float32 and then converts to `dtype` on `device`. All of them are frozen
+  /// at first: the caller sets requires_grad on what is to be trained. A directory written by
+  /// convert carries cleave.json: its folded scale is undone, so that experts are slices of the
+  /// dense FFN again, and with gate = hard its router epsilon too, so that training sees the mask
+  /// and not its approximation.
   /// @throws FileError  a tensor is missing or has the wrong shape
   static std::shared_ptr<TransformerImpl> load(const Checkpoint& checkpoint,
                                                at::ScalarType dtype = at::kFloat,
@@ -51,6 +53,8 @@ class TransformerImpl : public torch::nn::Module {
 
  private:
   TransformerImpl() = default;
+  /// Makes every tensor known to torch::nn::Module (parameters(), to()).
+  void register_all();
   ModelConfig config_;
   std::optional<Provenance> provenance_;
   std::vector<DecoderLayer> layers_;
