@@ -34,8 +34,9 @@ struct Output {
 };
 Output run_experts(const ExpertBank& bank, const std::vector<float>& x, std::int64_t tokens,
                    const std::vector<std::int32_t>& experts, float scale) {
-  Routing routing{.num_tokens = tokens,
-                  .experts_per_token = static_cast<std::int64_t>(experts.size())};
+  Routing routing;
+  routing.num_tokens = tokens;
+  routing.experts_per_token = static_cast<std::int64_t>(experts.size());
   for (std::int64_t t = 0; t < tokens; ++t)
     routing.ids.insert(routing.ids.end(), experts.begin(), experts.end());
   routing.weights.assign(routing.ids.size(), 1.0f);

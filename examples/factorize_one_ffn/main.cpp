@@ -1,6 +1,7 @@
 // One dense FFN in, eight experts out; with all eight on they are the dense FFN again.
 #include <cleave/cleave.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -10,7 +11,9 @@ int main() {
   const std::int64_t H = 1536, D = 576, E = 8;
   std::mt19937 rng(0);
   std::normal_distribution<float> normal(0.0f, 0.04f);
-  cleave::DenseFfn ffn{.hidden = H, .d_model = D};
+  cleave::DenseFfn ffn;
+  ffn.hidden = H;
+  ffn.d_model = D;
   for (auto* matrix : {&ffn.gate, &ffn.up, &ffn.down})
     for (std::int64_t i = 0; i < H * D; ++i) matrix->push_back(normal(rng));
 
