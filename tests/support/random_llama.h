@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <span>
@@ -13,12 +14,12 @@
 // A dense Llama of a few thousand random weights, written as a checkpoint directory.
 namespace cleave::testing {
 
-struct TinyModelSpec {
+struct RandomLlamaSpec {
   std::int64_t vocab = 40, d_model = 16, hidden = 24, layers = 2, heads = 4, kv_heads = 2;
   std::uint64_t seed = 1;
 };
 
-inline std::string tiny_config_json(const TinyModelSpec& s) {
+inline std::string llama_config_json(const RandomLlamaSpec& s) {
   const auto n = [](std::int64_t value) { return std::to_string(value); };
   return R"({"architectures":["LlamaForCausalLM"],"model_type":"llama","hidden_act":"silu",)"
          R"("tie_word_embeddings":false,"torch_dtype":"float32","rms_norm_eps":1e-5,)"
@@ -30,9 +31,9 @@ inline std::string tiny_config_json(const TinyModelSpec& s) {
 }
 
 /// Writes config.json, tokenizer.json (bytes only) and model.safetensors into `dir`.
-inline void write_tiny_model(const std::filesystem::path& dir, const TinyModelSpec& s) {
+inline void write_random_llama(const std::filesystem::path& dir, const RandomLlamaSpec& s) {
   std::filesystem::create_directories(dir);
-  std::ofstream(dir / "config.json") << tiny_config_json(s);
+  std::ofstream(dir / "config.json") << llama_config_json(s);
   std::ofstream(dir / "tokenizer.json") << R"({"version":"1.0","model":{"type":"BPE","vocab":{},)"
                                            R"("merges":[]}})";
   std::vector<NamedTensor> tensors;
