@@ -97,7 +97,7 @@ void activate_in_place(Activation activation, MutableArray h) {
 void activate(Activation activation, const float* gate, const float* up, float* h, std::int64_t n) {
   // In pieces that stay in the first-level cache between the passes.
   constexpr std::int64_t kPiece = 1024;
-  float piece[kPiece];
+  alignas(64) float piece[kPiece];
   for (std::int64_t begin = 0; begin < n; begin += kPiece) {
     const std::int64_t count = begin + kPiece < n ? kPiece : n - begin;
     MutableArray act(piece, count);
@@ -121,9 +121,6 @@ void rms_norm(const float* x, const float* weight, float eps, float* y, std::int
 }
 
 void add(const float* x, float* y, std::int64_t n) { MutableArray(y, n) += ConstArray(x, n); }
-void add_scaled(float a, const float* x, float* y, std::int64_t n) {
-  MutableArray(y, n) += a * ConstArray(x, n);
-}
 void scale(float a, float* x, std::int64_t n) { MutableArray(x, n) *= a; }
 
 double log_sum_exp(const float* row, std::int64_t n) {
@@ -148,8 +145,8 @@ Comparison compare(const float* reference_logits, const float* model_logits, std
           first_largest(model_logits, n)};
 }
 
-constexpr IsaKernels kKernels = {product_nt, product_nn, activate, softmax,     rms_norm,
-                                 add,        add_scaled, scale,    log_sum_exp, compare};
+constexpr IsaKernels kKernels = {product_nt, product_nn, activate,    softmax, rms_norm,
+                                 add,        scale,      log_sum_exp, compare};
 
 }  // namespace
 

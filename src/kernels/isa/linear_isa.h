@@ -49,8 +49,6 @@ struct IsaKernels {
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, std::int64_t n);
   /// y += x.
   void (*add)(const float* x, float* y, std::int64_t n);
-  /// y += a x.
-  void (*add_scaled)(float a, const float* x, float* y, std::int64_t n);
   /// x *= a.
   void (*scale)(float a, float* x, std::int64_t n);
   /// log(sum(exp(row))), in double.
