@@ -26,7 +26,7 @@ struct TokenWindows {
 
 /// @param limit_tokens  use only the first so many tokens; 0: all
 /// @param origin        names the text in messages
-/// @throws InvalidArgument  context < 2
+/// @throws InvalidArgument  context < 2, or limit_tokens < 0 or less than one window
 /// @throws FileError        fewer tokens than one window (says how many there are)
 TokenWindows make_windows(std::vector<std::int32_t> tokens, std::int64_t context,
                           std::int64_t limit_tokens, const std::string& origin);
