@@ -22,6 +22,7 @@ struct ModelSpec {
 /// Keys and values of the tokens seen so far. One per sequence.
 class KvCache {
  public:
+  /// @throws InvalidArgument  capacity < 1
   KvCache(const ModelConfig& config, std::int64_t capacity);
   std::int64_t size() const { return size_; }          ///< tokens stored
   std::int64_t capacity() const { return capacity_; }  ///< tokens it can hold
@@ -95,7 +96,7 @@ class Sampler {
  public:
   /// @throws InvalidArgument  temperature < 0 or top_p outside (0, 1]
   explicit Sampler(const SamplingSpec& spec);
-  /// logits [V] -> token id. @throws InvalidArgument  a logit is NaN
+  /// logits [V] -> token id. @throws InvalidArgument  a logit is NaN or +infinity
   std::int32_t operator()(std::span<const float> logits);
 
  private:
@@ -109,9 +110,10 @@ struct GenerateSpec {
   bool ignore_eos = false;
 };
 
-/// Continues `prompt` until `max_tokens` or an end-of-sequence id of the model's configuration.
+/// Continues `prompt` until `max_tokens` or an end-of-sequence id of the model's configuration; that
+/// id itself is neither returned nor given to `on_token`.
 /// @param on_token  called with each new id; returning false stops
-/// @throws InvalidArgument  the prompt is empty
+/// @throws InvalidArgument  the prompt is empty, or max_tokens < 0
 std::vector<std::int32_t> generate(Model& model, std::span<const std::int32_t> prompt,
                                    const GenerateSpec& spec,
                                    const std::function<bool(std::int32_t)>& on_token = {});

@@ -1,0 +1,194 @@
+#include "cleave/model.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "attention.h"
+#include "decoder_weights.h"
+#include "fail.h"
+#include "kernels/dispatch.h"
+#include "kernels/product.h"
+#include "support/buffer.h"
+#include "support/thread_pool.h"
+
+namespace cleave {
+namespace {
+
+constexpr std::int64_t kRowGrain = 8;  // rows of norms and rotations worth a thread
+
+}  // namespace
+
+KvCache::KvCache(const ModelConfig& config, std::int64_t capacity) : capacity_(capacity) {
+  if (capacity < 1)
+    fail_argument("KvCache: capacity is {} tokens; it must be at least 1", capacity);
+  const std::int64_t width = config.num_kv_heads * config.head_dim;
+  keys_.assign(config.num_layers, std::vector<float>(capacity * width));
+  values_ = keys_;
+}
+
+struct Model::Impl {
+  Impl(const Checkpoint& checkpoint, const ModelSpec& spec)
+      : config(checkpoint.config()),
+        pool(spec.threads),
+        rope(config.rope, config.head_dim),
+        weights(load_decoder(checkpoint)) {}
+
+  std::int64_t query_width() const { return config.num_heads * config.head_dim; }
+  std::int64_t kv_width() const { return config.num_kv_heads * config.head_dim; }
+
+  /// y[t] = norm(x[t]).
+  void norm(MatrixView<const float> x, const std::vector<float>& weight, MatrixView<float> y) {
+    pool.parallel_for()(x.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t t = begin; t < end; ++t)
+        isa_kernels().rms_norm(x.row(t), weight.data(), static_cast<float>(config.rms_norm_eps),
+                               y.row(t), x.cols);
+    });
+  }
+
+  /// x += attention(normed), and the layer's part of the cache is filled.
+  void attend(const LayerWeights& w, MatrixView<const float> normed, std::int64_t position,
+              std::vector<float>& keys, std::vector<float>& values, MatrixView<float> x);
+  /// Rotates and scales q in place; rotates k and moves k and v into the cache.
+  void rotate_and_store(MatrixView<float> qkv, std::int64_t position, MatrixView<float> keys,
+                        MatrixView<float> values);
+
+  const LayerWeights& layer(const char* function, std::int64_t l) const {
+    if (l < 0 || l >= config.num_layers)
+      fail_argument("{}: layer {} of a model with {} layers", function, l, config.num_layers);
+    return weights.layers[l];
+  }
+
+  ModelConfig config;
+  ThreadPool pool;
+  Rope rope;
+  DecoderWeights weights;
+};
+
+void Model::Impl::rotate_and_store(MatrixView<float> qkv, std::int64_t position,
+                                   MatrixView<float> keys, MatrixView<float> values) {
+  const std::int64_t d = config.head_dim;
+  const float q_factor = 1.0f / std::sqrt(static_cast<float>(d));
+  pool.parallel_for()(qkv.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> cosine(d / 2), sine(d / 2);
+    for (std::int64_t t = begin; t < end; ++t) {
+      rope.angles(position + t, cosine.data(), sine.data());
+      float* q = qkv.row(t);
+      float* k = q + query_width();
+      for (std::int64_t h = 0; h < config.num_heads; ++h)
+        Rope::rotate(cosine.data(), sine.data(), q_factor, d, q + h * d);
+      for (std::int64_t h = 0; h < config.num_kv_heads; ++h)
+        Rope::rotate(cosine.data(), sine.data(), 1.0f, d, k + h * d);
+      std::copy_n(k, kv_width(), keys.row(position + t));
+      std::copy_n(k + kv_width(), kv_width(), values.row(position + t));
+    }
+  });
+}
+
+void Model::Impl::attend(const LayerWeights& w, MatrixView<const float> normed,
+                         std::int64_t position, std::vector<float>& keys,
+                         std::vector<float>& values, MatrixView<float> x) {
+  const std::int64_t T = x.rows, D = x.cols, width = query_width() + 2 * kv_width();
+  Buffer qkv_room(T * width), context_room(T * query_width());
+  const MatrixView<float> qkv(qkv_room.data(), T, width);
+  const MatrixView<float> context(context_room.data(), T, query_width());
+  linear(normed, {w.qkv.data(), width, D}, w.qkv_bias, qkv, pool.parallel_for());
+  const MatrixView<float> k(keys.data(), position + T, kv_width());
+  const MatrixView<float> v(values.data(), position + T, kv_width());
+  rotate_and_store(qkv, position, k, v);
+  attention({config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window},
+            {qkv.data, T, query_width(), width}, k, v, context, pool.parallel_for());
+  linear_add(context, {w.output.data(), D, query_width()}, w.output_bias, x, pool.parallel_for());
+}
+
+Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Model::Model(Model&&) noexcept = default;
+Model& Model::operator=(Model&&) noexcept = default;
+Model::~Model() = default;
+
+Model Model::load(const Checkpoint& checkpoint, const ModelSpec& spec) {
+  return Model(std::make_unique<Impl>(checkpoint, spec));
+}
+
+const ModelConfig& Model::config() const { return impl_->config; }
+int Model::threads() const { return impl_->pool.threads(); }
+ParallelFor Model::parallel() const { return impl_->pool.parallel_for(); }
+
+void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, MatrixView<float> hidden,
+                    const ForwardHooks& hooks) {
+  const ModelConfig& c = impl_->config;
+  const auto T = static_cast<std::int64_t>(tokens.size());
+  const std::int64_t D = c.hidden_size, position = cache.size_;
+  if (hidden.rows != T || hidden.cols != D)
+    fail_argument("Model::forward: hidden is [{}, {}]; expected [T, D] = [{}, {}]", hidden.rows,
+                  hidden.cols, T, D);
+  if (position + T > cache.capacity_)
+    fail_argument(
+        "Model::forward: the cache holds {} of {} tokens; {} more do not fit; make it "
+        "larger or clear() it",
+        position, cache.capacity_, T);
+  const auto kv_elements = static_cast<std::size_t>(cache.capacity_ * impl_->kv_width());
+  if (static_cast<std::int64_t>(cache.keys_.size()) != c.num_layers ||
+      cache.keys_.front().size() != kv_elements)
+    fail_argument("Model::forward: the cache was made for a model of another shape");
+  for (std::int64_t t = 0; t < T; ++t)
+    if (tokens[t] < 0 || tokens[t] >= c.vocab_size)
+      fail_argument(
+          "Model::forward: token {} has id {}; expected 0 to {}; was the text encoded "
+          "with another tokenizer?",
+          t, tokens[t], c.vocab_size - 1);
+  if (T == 0) return;
+
+  Buffer x_room(T * D), normed_room(T * D);
+  const MatrixView<float> x(x_room.data(), T, D), normed(normed_room.data(), T, D);
+  for (std::int64_t t = 0; t < T; ++t)
+    std::copy_n(impl_->weights.embedding.data() + tokens[t] * D, D, x.row(t));
+  for (std::int64_t l = 0; l < c.num_layers; ++l) {
+    const LayerWeights& w = impl_->weights.layers[l];
+    impl_->norm(x, w.input_norm, normed);
+    impl_->attend(w, normed, position, cache.keys_[l], cache.values_[l], x);
+    impl_->norm(x, w.post_norm, normed);
+    if (hooks.ffn_input) hooks.ffn_input(l, normed);
+    if (const auto* dense = std::get_if<DenseFfn>(&w.ffn)) {
+      cleave::dense_ffn(dense->view(), normed, x, parallel());
+    } else {
+      Routing routing;
+      std::get<MoeLayer>(w.ffn).forward(normed, x, parallel(), &routing);
+      if (hooks.routing) hooks.routing(l, routing);
+    }
+  }
+  impl_->norm(x, impl_->weights.final_norm, hidden);
+  cache.size_ += T;
+}
+
+void Model::logits(MatrixView<const float> hidden, MatrixView<float> out) {
+  const ModelConfig& c = impl_->config;
+  if (hidden.cols != c.hidden_size || out.rows != hidden.rows || out.cols != c.vocab_size)
+    fail_argument(
+        "Model::logits: hidden is [{}, {}] and out [{}, {}]; expected [T, {}] and [T, {}]",
+        hidden.rows, hidden.cols, out.rows, out.cols, c.hidden_size, c.vocab_size);
+  const std::vector<float>& head =
+      impl_->weights.head.empty() ? impl_->weights.embedding : impl_->weights.head;
+  linear(hidden, {head.data(), c.vocab_size, c.hidden_size}, {}, out, parallel());
+}
+
+FfnView Model::dense_ffn(std::int64_t layer) const {
+  const auto* dense = std::get_if<DenseFfn>(&impl_->layer("Model::dense_ffn", layer).ffn);
+  if (dense == nullptr)
+    fail_argument("Model::dense_ffn: layer {} holds experts; ask moe() for them", layer);
+  return dense->view();
+}
+
+const MoeLayer* Model::moe(std::int64_t layer) const {
+  return std::get_if<MoeLayer>(&impl_->layer("Model::moe", layer).ffn);
+}
+
+void Model::set_moe(std::int64_t layer, MoeLayer moe) {
+  impl_->layer("Model::set_moe", layer);
+  if (moe.experts.d_model != impl_->config.hidden_size)
+    fail_argument("Model::set_moe: the experts have width D = {}, the model {}",
+                  moe.experts.d_model, impl_->config.hidden_size);
+  impl_->weights.layers[layer].ffn = std::move(moe);
+}
+
+}  // namespace cleave

@@ -1,0 +1,87 @@
+#include "attention.h"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "kernels/random_ffn.h"
+#include "support/thread_pool.h"
+
+namespace cleave {
+namespace {
+
+using namespace testing;
+
+// The definition, in double, one query head at a time.
+void attention_reference(const AttentionShape& s, MatrixView<const float> q,
+                         MatrixView<const float> keys, MatrixView<const float> values,
+                         MatrixView<float> out) {
+  const std::int64_t d = s.head_dim, past = keys.rows - q.rows;
+  for (std::int64_t t = 0; t < q.rows; ++t)
+    for (std::int64_t h = 0; h < s.num_heads; ++h) {
+      const std::int64_t kv = h / (s.num_heads / s.num_kv_heads), position = past + t;
+      std::vector<double> sum(d, 0.0);
+      double norm = 0.0;
+      for (std::int64_t n = 0; n <= position; ++n) {
+        if (s.sliding_window > 0 && position - n >= s.sliding_window) continue;
+        double score = 0.0;
+        for (std::int64_t i = 0; i < d; ++i) score += double{q(t, h * d + i)} * keys(n, kv * d + i);
+        norm += std::exp(score);
+        for (std::int64_t i = 0; i < d; ++i) sum[i] += std::exp(score) * values(n, kv * d + i);
+      }
+      for (std::int64_t i = 0; i < d; ++i) out(t, h * d + i) = static_cast<float>(sum[i] / norm);
+    }
+}
+
+TEST(Attention, MatchesItsDefinitionOnRandomShapes) {
+  ThreadPool pool(3);
+  for (unsigned seed = 0; seed < 100; ++seed) {
+    std::mt19937 rng(seed);
+    AttentionShape s;
+    s.num_kv_heads = pick(rng, 1, 3);
+    s.num_heads = s.num_kv_heads * pick(rng, 1, 4);
+    s.head_dim = 2 * pick(rng, 1, 12);
+    s.sliding_window = seed % 3 == 0 ? pick(rng, 1, 20) : 0;
+    // Several blocks of queries, and a past of any length.
+    const std::int64_t T = pick(rng, 1, seed % 5 == 0 ? 250 : 8);
+    const std::int64_t N = T + (seed % 2 == 0 ? pick(rng, 0, 40) : 0);
+    SCOPED_TRACE(fmt::format("seed={} T={} N={} heads={}/{} d={} window={}", seed, T, N,
+                             s.num_heads, s.num_kv_heads, s.head_dim, s.sliding_window));
+    const OwnedMatrix q = random_matrix(rng, T, s.num_heads * s.head_dim);
+    const OwnedMatrix k = random_matrix(rng, N, s.num_kv_heads * s.head_dim);
+    const OwnedMatrix v = random_matrix(rng, N, s.num_kv_heads * s.head_dim);
+    OwnedMatrix actual = random_matrix(rng, T, s.num_heads * s.head_dim), expected = actual;
+    attention_reference(s, q.view(), k.view(), v.view(), expected.view());
+    attention(s, q.view(), k.view(), v.view(), actual.view(), pool.parallel_for());
+    // |q k| <= d, so a score is off by d * d * eps, which is the relative error of its exp; the
+    // sums over N add N * eps each; the values are at most 1.
+    const double bound =
+        (2.0 * s.head_dim * s.head_dim + 2.0 * static_cast<double>(N) + 8.0) * kEpsilon;
+    for (std::size_t i = 0; i < actual.values.size(); ++i)
+      ASSERT_NEAR(actual.values[i], expected.values[i], bound) << "cell " << i;
+  }
+}
+
+TEST(Rope, TurnsPairsByTheirAngle) {
+  const Rope rope({.theta = 100.0}, 4);  // frequencies 1 and 1 / 10
+  std::vector<float> cosine(2), sine(2), head = {1.0f, 0.0f, 0.0f, 2.0f};
+  rope.angles(3, cosine.data(), sine.data());
+  Rope::rotate(cosine.data(), sine.data(), 0.5f, 4, head.data());
+  EXPECT_NEAR(head[0], 0.5 * std::cos(3.0), 1e-6);
+  EXPECT_NEAR(head[2], 0.5 * std::sin(3.0), 1e-6);
+  EXPECT_NEAR(head[1], -std::sin(0.3), 1e-6);
+  EXPECT_NEAR(head[3], std::cos(0.3), 1e-6);
+}
+
+TEST(Rope, LinearScalingStretchesPositions) {
+  const Rope plain({.theta = 500.0}, 16);
+  const Rope stretched({.type = RopeConfig::Type::kLinear, .theta = 500.0, .factor = 4.0}, 16);
+  std::vector<float> a(8), b(8), c(8), d(8);
+  plain.angles(7, a.data(), b.data());
+  stretched.angles(28, c.data(), d.data());
+  for (int i = 0; i < 8; ++i) EXPECT_NEAR(a[i], c[i], 1e-5) << i;
+}
+
+}  // namespace
+}  // namespace cleave

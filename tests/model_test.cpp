@@ -1,0 +1,184 @@
+#include "cleave/model.h"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+
+#include "cleave/error.h"
+#include "support/paths.h"
+#include "support/tiny_models.h"
+
+namespace cleave {
+namespace {
+
+using namespace testing;
+
+// Transformers' float32 logits (scripts/golden/make_logits_golden.py); the bound is what the
+// project promises for every model.
+constexpr double kLogitTolerance = 2e-4;
+
+class TinyModel : public ::testing::TestWithParam<const char*> {
+ protected:
+  const TinyGolden golden_ = tiny_golden(GetParam());
+};
+
+TEST_P(TinyModel, LogitsEqualTransformers) {
+  Model model = Model::load(Checkpoint::open(golden_.directory), {.threads = 2});
+  const std::vector<float> logits = all_logits(model, golden_.ids);
+  ASSERT_EQ(logits.size(), golden_.logits.size());
+  for (std::size_t i = 0; i < logits.size(); ++i)
+    ASSERT_NEAR(logits[i], golden_.logits[i], kLogitTolerance)
+        << "position " << i / model.config().vocab_size;
+}
+
+TEST_P(TinyModel, PiecesAndSingleTokensEqualTheWhole) {
+  Model model = Model::load(Checkpoint::open(golden_.directory), {.threads = 2});
+  const std::vector<float> whole = all_logits(model, golden_.ids);
+  for (const std::size_t piece : {1, 5, 13}) {
+    const std::vector<float> pieces = all_logits(model, golden_.ids, piece);
+    for (std::size_t i = 0; i < whole.size(); ++i)
+      ASSERT_NEAR(pieces[i], whole[i], 1e-4)
+          << "pieces of " << piece << ", position " << i / model.config().vocab_size;
+  }
+}
+
+TEST_P(TinyModel, TheSameCallGivesTheSameBits) {
+  Model first = Model::load(Checkpoint::open(golden_.directory), {.threads = 2});
+  Model second = Model::load(Checkpoint::open(golden_.directory), {.threads = 2});
+  EXPECT_EQ(all_logits(first, golden_.ids), all_logits(second, golden_.ids));
+}
+
+INSTANTIATE_TEST_SUITE_P(Families, TinyModel, ::testing::Values("llama", "llama_long", "mixtral"),
+                         [](const auto& info) { return std::string(info.param); });
+
+void expect_golden_subset(const std::filesystem::path& model_path, const char* file) {
+  std::ifstream stream(source_dir() / "tests" / "golden" / file);
+  const auto golden = nlohmann::json::parse(stream);
+  Model model = Model::load(Checkpoint::open(model_path));
+  const auto ids = golden.at("ids").get<std::vector<std::int32_t>>();
+  const std::vector<float> logits = all_logits(model, ids);
+  for (std::size_t p = 0; p < golden.at("positions").size(); ++p)
+    for (std::size_t c = 0; c < golden.at("columns").size(); ++c) {
+      const auto position = golden["positions"][p].get<std::int64_t>();
+      const auto column = golden["columns"][c].get<std::int64_t>();
+      ASSERT_NEAR(logits[position * model.config().vocab_size + column],
+                  golden["logits"][p][c].get<double>(), kLogitTolerance)
+          << "position " << position << " token " << column;
+    }
+}
+
+TEST(RealModel, TinyStoriesLogitsEqualTransformers) {
+  CLEAVE_SKIP_WITHOUT(tinystories_dir());
+  expect_golden_subset(tinystories_dir(), "logits_tinystories.json");
+}
+
+TEST(LargeModel, SmolLm2LogitsEqualTransformers) {
+  CLEAVE_SKIP_WITHOUT(smollm2_gguf());
+  CLEAVE_SKIP_WITHOUT(source_dir() / "tests" / "golden" / "logits_smollm2.json");
+  expect_golden_subset(smollm2_gguf(), "logits_smollm2.json");
+}
+
+// A dense FFN as one layer of E equal slices, all of them on.
+MoeLayer all_on(const FfnView& ffn, std::int64_t E) {
+  MoeLayer layer;
+  ExpertBank& bank = layer.experts;
+  const std::int64_t H = ffn.up.rows, D = ffn.up.cols;
+  bank.d_model = D;
+  bank.dense_hidden = H;
+  bank.activation = ffn.activation;
+  bank.gate.assign(ffn.gate.data, ffn.gate.data + H * D);
+  bank.up.assign(ffn.up.data, ffn.up.data + H * D);
+  bank.gate_bias.assign(ffn.gate_bias.begin(), ffn.gate_bias.end());
+  bank.up_bias.assign(ffn.up_bias.begin(), ffn.up_bias.end());
+  bank.down_bias.assign(ffn.down_bias.begin(), ffn.down_bias.end());
+  for (std::int64_t e = 0; e <= E; ++e) bank.begin.push_back(e * H / E);
+  for (std::int64_t j = 0; j < H; ++j) {
+    bank.neuron_order.push_back(static_cast<std::int32_t>(j));
+    for (std::int64_t c = 0; c < D; ++c) bank.down_t.push_back(ffn.down(c, j));
+  }
+  layer.router = {E, D, std::vector<float>(E * D, 0.0f)};
+  layer.experts_per_token = E;
+  layer.scale = static_cast<float>(E);
+  return layer;
+}
+
+TEST(Model, ALayerOfAllExpertsEqualsTheDenseOne) {
+  const TinyGolden golden = tiny_golden("llama_long");
+  Model model = Model::load(Checkpoint::open(golden.directory), {.threads = 2});
+  const std::vector<float> dense = all_logits(model, golden.ids);
+  EXPECT_EQ(model.moe(0), nullptr);
+  for (std::int64_t l = 0; l < model.config().num_layers; ++l)
+    model.set_moe(l, all_on(model.dense_ffn(l), 4));
+  ASSERT_NE(model.moe(1), nullptr);
+  EXPECT_THROW(model.dense_ffn(1), InvalidArgument);
+  const std::vector<float> routed = all_logits(model, golden.ids);
+  for (std::size_t i = 0; i < dense.size(); ++i) ASSERT_NEAR(routed[i], dense[i], 1e-4);
+}
+
+TEST(Model, HooksSeeEveryLayer) {
+  const TinyGolden golden = tiny_golden("mixtral");
+  Model model = Model::load(Checkpoint::open(golden.directory));
+  KvCache cache(model.config(), 8);
+  std::vector<float> hidden(3 * model.config().hidden_size);
+  std::vector<std::int64_t> inputs, routings;
+  ForwardHooks hooks;
+  hooks.ffn_input = [&](std::int64_t layer, MatrixView<const float> input) {
+    inputs.push_back(layer);
+    EXPECT_EQ(input.rows, 3);
+    EXPECT_EQ(input.cols, model.config().hidden_size);
+  };
+  hooks.routing = [&](std::int64_t layer, const Routing& routing) {
+    routings.push_back(layer);
+    EXPECT_EQ(routing.ids.size(), 3u * model.config().experts_per_token);
+  };
+  model.forward(std::span(golden.ids).first(3), cache,
+                {hidden.data(), 3, model.config().hidden_size}, hooks);
+  EXPECT_EQ(inputs, (std::vector<std::int64_t>{0, 1}));
+  EXPECT_EQ(routings, inputs);
+  EXPECT_EQ(cache.size(), 3);
+}
+
+TEST(Model, RefusesWhatDoesNotFit) {
+  Model model = Model::load(Checkpoint::open(tiny_golden("llama").directory));
+  const std::int64_t D = model.config().hidden_size;
+  std::vector<float> hidden(3 * D), logits(96);
+  KvCache cache(model.config(), 2);
+  const std::vector<std::int32_t> three = {1, 2, 3}, wrong = {96}, negative = {-1};
+  EXPECT_THROW(model.forward(three, cache, {hidden.data(), 3, D}), InvalidArgument);
+  EXPECT_THROW(model.forward(wrong, cache, {hidden.data(), 1, D}), InvalidArgument);
+  EXPECT_THROW(model.forward(negative, cache, {hidden.data(), 1, D}), InvalidArgument);
+  EXPECT_THROW(model.forward(std::span(three).first(2), cache, {hidden.data(), 1, D}),
+               InvalidArgument);
+  EXPECT_EQ(cache.size(), 0);
+  EXPECT_THROW(model.logits({hidden.data(), 1, D}, {logits.data(), 1, 95}), InvalidArgument);
+  EXPECT_THROW(model.dense_ffn(2), InvalidArgument);
+  EXPECT_THROW(model.set_moe(0, MoeLayer()), InvalidArgument);
+  EXPECT_THROW(KvCache(model.config(), 0), InvalidArgument);
+}
+
+TEST(Model, AMissingTensorIsNamed) {
+  const TempDir copy;
+  const auto source = tiny_golden("llama").directory;
+  std::filesystem::copy(source / "config.json", copy.path() / "config.json");
+  std::ifstream stream(source / "model.safetensors", std::ios::binary);
+  std::string bytes((std::istreambuf_iterator<char>(stream)), std::istreambuf_iterator<char>());
+  const std::string name = "model.layers.1.mlp.up_proj.weight";
+  const std::size_t place = bytes.find(name);
+  ASSERT_NE(place, std::string::npos);
+  bytes[place + name.size() - 1] = 'X';  // the header keeps its length
+  std::ofstream(copy.path() / "model.safetensors", std::ios::binary) << bytes;
+  try {
+    Model::load(Checkpoint::open(copy.path()));
+    FAIL() << "loaded without a tensor";
+  } catch (const FileError& error) {
+    EXPECT_NE(std::string(error.what()).find(name), std::string::npos) << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace cleave
