@@ -17,6 +17,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include <optional>
 #include <utility>
 
 #include "train/tensor_activation.h"
@@ -86,12 +87,15 @@ at::Tensor sum_per_token(const at::Tensor& sorted, const at::Tensor& place_of,
 
 class SparseExperts : public torch::autograd::Function<SparseExperts> {
  public:
-  // Places of the inputs in forward() and of their gradients in backward().
-  enum Input { kX, kWeights, kGate, kUp, kDown, kNumTensors, kNumInputs = kNumTensors + 2 };
+  // Places of the inputs in forward() and of their gradients in backward(). The gate comes last of
+  // the tensors: needs_input_grad() counts only those that are there.
+  enum Input { kX, kWeights, kUp, kDown, kGate, kNumTensors, kNumInputs = kNumTensors + 2 };
 
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weights,
-                            const at::Tensor& gate, const at::Tensor& up, const at::Tensor& down,
+                            const at::Tensor& up, const at::Tensor& down,
+                            const std::optional<at::Tensor>& optional_gate,
                             const PairsByExpert& pairs, Activation activation) {
+    const at::Tensor gate = optional_gate.value_or(at::Tensor());
     const at::Tensor rows = x.index_select(0, pairs.token);
     const at::Tensor u = grouped_linear(rows, up, pairs.begin);
     const at::Tensor g = gate.defined() ? grouped_linear(rows, gate, pairs.begin) : at::Tensor();
@@ -113,7 +117,9 @@ class SparseExperts : public torch::autograd::Function<SparseExperts> {
                      &token = saved[8], &place_of = saved[9];
     const auto begin = ctx->saved_data["begin"].toIntVector();
     const auto activation = static_cast<Activation>(ctx->saved_data["activation"].toInt());
-    const auto needs = [&](Input input) { return ctx->needs_input_grad(input); };
+    const auto needs = [&](Input input) {
+      return (input != kGate || gate.defined()) && ctx->needs_input_grad(input);
+    };
     variable_list out(kNumInputs);
 
     const at::Tensor dy = grads[0].index_select(0, token);
@@ -168,7 +174,8 @@ PairsByExpert group_pairs(const at::Tensor& ids, std::int64_t num_experts) {
 
 at::Tensor sparse_experts(const at::Tensor& x, const at::Tensor& weights,
                           const PairsByExpert& pairs, const ExpertTensors& experts) {
-  return SparseExperts::apply(x, weights, experts.gate, experts.up, experts.down, pairs,
+  const auto gate = experts.gate.defined() ? std::make_optional(experts.gate) : std::nullopt;
+  return SparseExperts::apply(x, weights, experts.up, experts.down, gate, pairs,
                               experts.activation);
 }
 
