@@ -226,12 +226,19 @@ std::vector<NamedTensor> TransformerImpl::named_tensors() const {
   if (config_.is_moe() || !config_.tie_word_embeddings) {
     all.push_back(named("lm_head.weight", head_));
   }
-  const double epsilon = folding_of(provenance_).epsilon;
+  // The gate in use decides, not the one of the directory: a recipe may have changed it.
+  const auto epsilon = [this](const MoeFfn& moe) {
+    if (moe->spec.gate.mode != GateMode::kHard) return 1.0;
+    const Folding folding = folding_of(provenance_);
+    return folding.gate == GateMode::kHard ? folding.epsilon : kHardGateEpsilon;
+  };
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     const auto index = static_cast<std::int64_t>(l);
     add_attention(all, layers_[l], index);
     if (!layers_[l].dense.is_empty()) add_dense(all, *layers_[l].dense, index);
-    if (!layers_[l].moe.is_empty()) add_moe(all, *layers_[l].moe, epsilon, index);
+    if (!layers_[l].moe.is_empty()) {
+      add_moe(all, *layers_[l].moe, epsilon(layers_[l].moe), index);
+    }
   }
   return all;
 }

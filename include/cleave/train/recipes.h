@@ -1,0 +1,77 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cleave/checkpoint.h"
+#include "cleave/routing.h"
+#include "cleave/train/losses.h"
+#include "cleave/train/recipe.h"
+#include "cleave/train/trainer.h"
+
+namespace cleave::train {
+
+/// Which half of an MoE layer learns. Attention, norms and embeddings never do.
+enum class Trainable { kRouter, kExperts, kJoint };
+
+const char* trainable_name(Trainable trainable);  ///< "router", "experts", "joint"
+const char* pa_form_name(PaForm form);            ///< "router-first", "target-first", "ce"
+const char* label_kind_name(LabelKind kind);      ///< "per-expert", "exhaustive"
+const char* balance_kind_name(BalanceKind kind);  ///< "switch", "paper"
+
+struct FactorLlmPhase {
+  Trainable trainable = Trainable::kJoint;
+  std::int64_t steps = 200;
+};
+
+/// "joint" (all of `steps`), or "router:50,joint:150" (`steps` is then ignored).
+/// @throws InvalidArgument  unknown word, or a count that is not a positive number
+std::vector<FactorLlmPhase> parse_phases(const std::string& text, std::int64_t steps);
+
+/// FactorLLM's choices: L = lm L_LM + sum over layers (pa L_PA + balance L_bal) + distill KL.
+struct FactorLlmSpec {
+  std::vector<FactorLlmPhase> phases = {{}};  ///< in order; one schedule spans all of them
+  double lm_weight = 1.0;                     ///< next-token loss
+  double pa_weight = 0.05;                    ///< prior-approximate loss, summed over layers
+  double balance_weight = 0.01;               ///< load balance, summed over layers
+  double distill_weight = 0.0;                ///< KL to the dense model's logits; 0: not computed
+  PaForm pa_form = PaForm::kRouterFirst;
+  LabelKind labels = LabelKind::kPerExpert;
+  BalanceKind balance = BalanceKind::kSwitch;
+  /// Tokens per forward pass that get labels, evenly spread; 0: all. A label costs every expert
+  /// plus the dense FFN on its token, without gradients, so a quarter of the tokens saves much.
+  std::int64_t pa_tokens = 0;
+  std::optional<GateMode> gate = {};  ///< unset: as the student was converted
+  bool straight_through = false;      ///< with hard gates: backward as if they were softmax
+};
+std::string to_json(const FactorLlmSpec& spec);
+
+/// The dense model a converted one was made from, put together again from the experts as loaded
+/// (laid side by side, the folded scale divided out: the order of neurons does not matter to the
+/// output). Shares everything but the FFNs with `student`; its FFN weights are copies.
+/// @throws InvalidArgument  the experts were trained already (cleave.json says so) or the student
+///                          carries no cleave.json: pass the dense checkpoint instead
+Transformer dense_teacher(Transformer student);
+
+/// FactorLLM as a recipe (arXiv:2408.11855; docs/methods/factorllm.md has every deviation).
+///
+/// The PA labels of a layer come from the teacher's FFN of that layer on the student's own input.
+/// With alpha = folded scale / K they compare what the served layer would return (its weights
+/// averaging 1 / K) with the dense FFN. A phase that freezes the router leaves L_PA and L_bal out:
+/// they could only bend the experts below to please a router that cannot answer.
+///
+/// @param student  its gates are set to spec.gate and spec.straight_through
+/// @param teacher  dense, same shapes; may be empty when neither PA nor distillation is on
+/// @throws InvalidArgument  shapes differ, no phase, no loss, a negative weight
+Recipe factorllm(Transformer student, Transformer teacher, const FactorLlmSpec& spec);
+
+/// The whole procedure on checkpoints: load, choose the teacher, train. What `cleave train` calls.
+/// @param teacher  the dense checkpoint, or nullptr: dense_teacher(student)
+TrainResult train_factorllm(const Checkpoint& student, const Checkpoint* teacher,
+                            const TokenWindows& data, const TokenWindows* held_out,
+                            const FactorLlmSpec& method, const TrainSpec& spec,
+                            const TrainIo& io = {});
+
+}  // namespace cleave::train
