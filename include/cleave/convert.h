@@ -15,26 +15,45 @@
 
 namespace cleave {
 
+/// What the weighted sum of the K selected experts is multiplied by. With an average weight of E /
+/// K per expert the sum is unbiased over random K-subsets (FactorLLM); with 1 it is what the dense
+/// FFN itself adds up, and usually nearer. Measured: docs/decisions/0004-output-scale.md.
+enum class ScalePolicy {
+  kFitted,   ///< least squares on calibration tokens, per layer; kExperts without calibration
+  kExperts,  ///< average weight E / K: scale E with a softmax gate, E / K with a hard one
+  kActive,   ///< average weight 1: scale K with a softmax gate, 1 with a hard one
+};
+
+/// "fitted", "experts", "active".
+const char* scale_policy_name(ScalePolicy policy);
+
 struct ConvertSpec {
-  PartitionSpec partition;
+  PartitionSpec partition{};
   std::int64_t experts_per_token = 4;  ///< K
   GateMode gate = GateMode::kSoftmax;
-  RouterFitSpec router;
-  int threads = 0;  ///< 0: all cores
+  RouterFitSpec router{};
+  ScalePolicy scale = ScalePolicy::kFitted;  ///< without effect for K = E, which is exact
+  int threads = 0;                           ///< 0: all cores
 };
 
 /// A converted model, not yet written.
 struct Conversion {
   std::vector<MoeLayer> layers;  ///< [L]
   std::string router;            ///< "zero" (K = E), "ridge" (with calibration) or "random"
-  std::int64_t calibration_tokens = 0;
+  ScalePolicy scale = ScalePolicy::kExperts;  ///< that was applied
+  std::int64_t calibration_tokens = 0;        ///< that the statistics were taken from
+  /// [L], mean |MoE(x) - FFN(x)|^2 / mean |FFN(x)|^2 on calibration tokens; empty without any.
+  std::vector<double> layer_error;
 };
 
 /// Splits every FFN of a dense model into experts and attaches routers.
 ///
 /// K = E gets a zero router: the model then equals the dense one. Otherwise the routers are fitted
 /// on `calibration` (its windows run through the dense model; the first token of each is left out
-/// of the statistics), or drawn at random (FactorLLM) without one.
+/// of the statistics), or drawn at random (FactorLLM) without one. A softmax gate's fitted logits
+/// are also stretched, per layer, to where its weights come nearest to the dense output. The same
+/// spec gives the same conversion for any number of threads up to rounding, and the same partition
+/// exactly.
 ///
 /// @param calibration  nullptr: none
 /// @param progress     called with (what, done, all)

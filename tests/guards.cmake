@@ -1,0 +1,47 @@
+# Rules that matter are tests. Each is a small shell script in guards/, and guards_can_fail shows
+# that each stops what it is meant to stop.
+set(guards ${CMAKE_CURRENT_SOURCE_DIR}/guards)
+function(cleave_add_guard name script)
+  add_test(NAME ${name} COMMAND sh ${guards}/${script} ${ARGN})
+  set_tests_properties(${name} PROPERTIES LABELS quick TIMEOUT 300)
+endfunction()
+
+cleave_add_guard(guards_can_fail self_test.sh ${CMAKE_CXX_COMPILER} ${guards}
+                 ${CMAKE_CURRENT_BINARY_DIR}/guards)
+cleave_add_guard(core_has_no_torch_symbol no_torch_symbol.sh $<TARGET_FILE:cleave_core>)
+# Sanitizers bring calls of their own.
+if(NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")
+  cleave_add_guard(core_never_prints_or_exits no_print_or_exit.sh $<TARGET_FILE:cleave_core>)
+  # Without optimisation the compiler emits every inline function, intrinsics included.
+  if(CMAKE_BUILD_TYPE MATCHES "^(Release|RelWithDebInfo|MinSizeRel)$")
+    foreach(isa scalar avx2 avx512)
+      if(TARGET cleave_${isa})
+        cleave_add_guard(isa_objects_hold_no_weak_symbol_${isa} no_weak_symbol.sh ${isa}
+                         $<TARGET_OBJECTS:cleave_${isa}>)
+        set_property(TEST isa_objects_hold_no_weak_symbol_${isa} PROPERTY COMMAND_EXPAND_LISTS ON)
+      endif()
+    endforeach()
+  endif()
+endif()
+cleave_add_guard(only_train_includes_torch includes.sh ${PROJECT_SOURCE_DIR})
+cleave_add_guard(public_headers_compile_alone headers_alone.sh ${CMAKE_CXX_COMPILER}
+                 ${PROJECT_SOURCE_DIR}/include)
+
+# ---- The installed package and the source tree serve projects outside. ----
+function(cleave_add_consumer name)
+  cmake_parse_arguments(arg "" "LABEL" "" ${ARGN})
+  add_test(NAME install_consumer_${name}
+    COMMAND ${CMAKE_COMMAND} -D CONSUMER=${name} -D CLEAVE_SOURCE_DIR=${PROJECT_SOURCE_DIR}
+      -D CLEAVE_BINARY_DIR=${PROJECT_BINARY_DIR} -D WORK_DIR=${CMAKE_CURRENT_BINARY_DIR}/install/${name}
+      -D "GENERATOR=${CMAKE_GENERATOR}" -D CXX_COMPILER=${CMAKE_CXX_COMPILER}
+      -D "CXX_FLAGS=${CMAKE_CXX_FLAGS}" -D LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER}
+      -D "TORCH_DIR=${Torch_DIR}" -P ${CMAKE_CURRENT_SOURCE_DIR}/install/run_consumer.cmake)
+  set_tests_properties(install_consumer_${name} PROPERTIES LABELS ${arg_LABEL} TIMEOUT 900)
+endfunction()
+cleave_add_consumer(core LABEL quick)
+cleave_add_consumer(subdirectory LABEL slow)
+if(CLEAVE_TRAIN)
+  cleave_add_consumer(train LABEL slow)
+else()
+  cleave_add_consumer(missing_train LABEL quick)
+endif()

@@ -1,0 +1,55 @@
+#!/bin/sh
+# self_test.sh COMPILER GUARDS_DIR WORK_DIR: shows every guard a violation and a clean file; a guard
+# that lets the violation pass, or stops the clean file, fails this test.
+compiler=$1 guards=$2 work=$3
+rm -rf "$work" && mkdir -p "$work" && cd "$work" || exit 2
+status=0
+object() { # object NAME CODE
+  printf '%s\n' "$2" >"$1.cpp" && $compiler -std=c++20 -O0 -c "$1.cpp" -o "$1.o" || exit 2
+}
+expect() { # expect 0|1 COMMAND...
+  expected=$1
+  shift
+  "$@" >output.txt 2>&1
+  actual=$?
+  [ $actual -eq "$expected" ] && return
+  echo "expected status $expected, got $actual: $*"
+  cat output.txt
+  status=1
+}
+object clean 'namespace cleave::avx2 { inline int f() { return 1; } int g() { return f(); } }'
+object torch 'namespace at { int numel(); } int f() { return at::numel(); }'
+object prints '#include <iostream>
+void f() { std::cout << 1; }'
+object exits '#include <cstdlib>
+void f() { std::exit(1); }'
+object weak 'namespace cleave { inline int f() { return 1; } int g() { return f(); } }'
+expect 0 sh "$guards/no_torch_symbol.sh" clean.o
+expect 1 sh "$guards/no_torch_symbol.sh" torch.o
+expect 0 sh "$guards/no_print_or_exit.sh" torch.o
+expect 1 sh "$guards/no_print_or_exit.sh" prints.o
+expect 1 sh "$guards/no_print_or_exit.sh" exits.o
+expect 0 sh "$guards/no_weak_symbol.sh" avx2 clean.o
+expect 1 sh "$guards/no_weak_symbol.sh" avx512 clean.o
+expect 1 sh "$guards/no_weak_symbol.sh" avx2 weak.o
+expect 2 sh "$guards/no_torch_symbol.sh" missing.o
+expect 2 sh "$guards/no_print_or_exit.sh" missing.o
+expect 2 sh "$guards/no_weak_symbol.sh" avx2 missing.o
+
+mkdir -p tree/include/cleave/train tree/src/train
+echo '#include <torch/nn/module.h>' >tree/include/cleave/train/a.h
+echo '#pragma once' >tree/include/cleave/cleave.h
+echo '#include <Eigen/Core>' >tree/src/a.cpp
+expect 0 sh "$guards/includes.sh" tree
+expect 0 sh "$guards/headers_alone.sh" "$compiler" tree/include
+for line in '#include <fmt/format.h>' '#include <Eigen/Core>' '#include <nlohmann/json.hpp>' \
+  '#include <torch/torch.h>' '#include <ATen/ATen.h>' '#include "cleave/train/a.h"'; do
+  echo "$line" >tree/include/cleave/bad.h
+  expect 1 sh "$guards/includes.sh" tree
+done
+rm tree/include/cleave/bad.h
+echo '#include <c10/core/Device.h>' >tree/src/bad.cpp
+expect 1 sh "$guards/includes.sh" tree
+echo 'std::string name();' >tree/include/cleave/bad.h
+expect 1 sh "$guards/headers_alone.sh" "$compiler" tree/include
+exit $status
