@@ -1,0 +1,119 @@
+#include "cli/cli.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <iostream>
+
+namespace cleave::cli {
+
+void add_common_options(CLI::App& command, CommonOptions& common) {
+  command.add_flag("--json", common.json, "Print one JSON object on stdout and nothing else there");
+  command.add_flag("-q,--quiet", common.quiet, "No progress on stderr");
+  command.add_option("-t,--threads", common.threads, "Threads; 0: one per core")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 1024));
+}
+
+void add_seed_option(CLI::App& command, CommonOptions& common, const std::string& what) {
+  command.add_option("--seed", common.seed, "Seed of " + what)->capture_default_str();
+}
+
+std::string human_count(double value) {
+  const char* units[] = {"", "k", "M", "B", "T"};
+  int unit = 0;
+  while (value >= 1000.0 && unit < 4) {
+    value /= 1000.0;
+    ++unit;
+  }
+  return unit == 0 ? fmt::format("{:.0f}", value) : fmt::format("{:.4g}{}", value, units[unit]);
+}
+
+std::string human_bytes(double value) {
+  const char* units[] = {"B", "kB", "MB", "GB", "TB"};
+  int unit = 0;
+  while (value >= 1000.0 && unit < 4) {
+    value /= 1000.0;
+    ++unit;
+  }
+  return fmt::format("{:.4g} {}", value, units[unit]);
+}
+
+std::string human_seconds(double seconds) {
+  const auto s = static_cast<std::int64_t>(seconds + 0.5);
+  if (s < 60) return fmt::format("{}s", s);
+  if (s < 3600) return fmt::format("{}m{:02}s", s / 60, s % 60);
+  return fmt::format("{}h{:02}m", s / 3600, s / 60 % 60);
+}
+
+namespace {
+
+double now_s() {
+  using Clock = std::chrono::steady_clock;
+  return std::chrono::duration<double>(Clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+Progress::Progress(bool quiet) : quiet_(quiet), terminal_(isatty(STDERR_FILENO) == 1) {}
+
+Progress::~Progress() { clear_line(); }
+
+void Progress::clear_line() {
+  if (open_line_) std::fputs("\r\033[K", stderr);
+  open_line_ = false;
+}
+
+void Progress::update(const std::string& line, bool last) {
+  if (quiet_) return;
+  if (terminal_) {
+    fmt::print(stderr, "\r{}\033[K{}", line, last ? "\n" : "");
+    open_line_ = !last;
+  } else {
+    // A log file wants a line every few seconds, not every step.
+    constexpr double kPlainInterval = 10.0;
+    if (!last && now_s() - last_plain_s_ < kPlainInterval) return;
+    last_plain_s_ = now_s();
+    fmt::print(stderr, "{}\n", line);
+  }
+  std::fflush(stderr);
+}
+
+void Progress::note(const std::string& line) {
+  if (quiet_) return;
+  clear_line();
+  fmt::print(stderr, "{}\n", line);
+}
+
+void print_result(const CommonOptions& common, const Json& result, const std::string& text) {
+  if (common.json) {
+    std::cout << result.dump(2) << '\n';
+  } else {
+    std::cout << text;
+    if (!text.empty() && text.back() != '\n') std::cout << '\n';
+  }
+  std::cout.flush();
+  if (!std::cout) throw Error("stdout: the result could not be written (disk full or pipe closed)");
+}
+
+TokenWindows load_windows(const Tokenizer& tokenizer, const std::vector<std::string>& files,
+                          std::int64_t context, std::int64_t limit_tokens) {
+  std::string text, names;
+  for (const std::string& file : files) {
+    if (!text.empty()) text += "\n\n";
+    text += read_text(file);
+    names += (names.empty() ? "" : ", ") + file;
+  }
+  return make_windows(tokenizer.encode(text), context, limit_tokens, names);
+}
+
+std::optional<DType> parse_dtype(const std::string& value) {
+  if (value == "auto") return std::nullopt;
+  constexpr std::pair<const char*, DType> kNames[] = {
+      {"f32", DType::kF32}, {"bf16", DType::kBF16}, {"f16", DType::kF16}};
+  return parse_name("--dtype", value, kNames);
+}
+
+}  // namespace cleave::cli

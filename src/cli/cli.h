@@ -1,0 +1,87 @@
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cleave/cleave.h"
+
+// What the subcommands share. One subcommand per file; each adds itself to the application and runs
+// from its callback. Results go to stdout, everything else to stderr; with --json stdout carries
+// exactly one JSON object.
+namespace cleave::cli {
+
+// Insertion order is kept, so that what is read first comes first.
+using Json = nlohmann::ordered_json;
+
+/// Options that most subcommands take.
+struct CommonOptions {
+  bool json = false;
+  bool quiet = false;
+  int threads = 0;
+  std::uint64_t seed = 0;
+};
+
+/// Adds --json, --quiet and --threads.
+void add_common_options(CLI::App& command, CommonOptions& common);
+void add_seed_option(CLI::App& command, CommonOptions& common, const std::string& what);
+/// `[1.23e-05]`-free numbers for people: 135.2M, 98.4 MB.
+std::string human_count(double value);
+std::string human_bytes(double value);
+std::string human_seconds(double seconds);
+
+/// Progress on stderr: one line that is rewritten on a terminal, plain lines now and then
+/// elsewhere. Silent with --quiet.
+class Progress {
+ public:
+  explicit Progress(bool quiet);
+  ~Progress();
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+  /// `last`: this line stays, whatever the medium.
+  void update(const std::string& line, bool last = false);
+  void note(const std::string& line);
+
+ private:
+  void clear_line();
+  bool quiet_;
+  bool terminal_;
+  bool open_line_ = false;
+  double last_plain_s_ = -1e9;
+};
+
+/// Prints `result` on stdout with --json, else `text`.
+void print_result(const CommonOptions& common, const Json& result, const std::string& text);
+
+/// Reads and tokenizes text files (joined by a blank line) and cuts them into windows.
+TokenWindows load_windows(const Tokenizer& tokenizer, const std::vector<std::string>& files,
+                          std::int64_t context, std::int64_t limit_tokens);
+
+/// Parses a name out of `names` for an option's value. @throws InvalidArgument  lists the choices
+template <typename T, std::size_t N>
+T parse_name(const std::string& option, const std::string& value,
+             const std::pair<const char*, T> (&names)[N]) {
+  std::string all;
+  for (const auto& [name, result] : names) {
+    if (value == name) return result;
+    all += (all.empty() ? "" : ", ") + std::string(name);
+  }
+  throw InvalidArgument(option + ": unknown value '" + value + "'; choose one of " + all);
+}
+std::optional<DType> parse_dtype(const std::string& value);
+
+void add_inspect_command(CLI::App& app);
+void add_convert_command(CLI::App& app);
+void add_train_command(CLI::App& app);
+void add_eval_command(CLI::App& app);
+void add_generate_command(CLI::App& app);
+void add_tokenize_command(CLI::App& app);
+void add_logits_command(CLI::App& app);
+
+}  // namespace cleave::cli

@@ -1,0 +1,154 @@
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "cli/cli.h"
+
+namespace cleave::cli {
+namespace {
+
+struct Options {
+  CommonOptions common;
+  std::string model;
+  std::vector<std::string> text;
+  std::string against;
+  std::int64_t context = 1024;
+  std::int64_t limit_tokens = 0;
+};
+
+/// Share of the dense FFN's multiply-adds that run per token, router included; 1 for a dense model.
+double active_share(const ModelConfig& config) {
+  if (!config.is_moe()) return 1.0;
+  const ModelCost cost = model_cost(config);
+  const double all_experts = static_cast<double>(cost.ffn_macs_per_token) *
+                             static_cast<double>(config.num_experts) /
+                             static_cast<double>(config.experts_per_token);
+  return (static_cast<double>(cost.ffn_macs_per_token + cost.router_macs_per_token)) / all_experts;
+}
+
+Json load_json(const EvalResult& result) {
+  Json layers = Json::array();
+  for (std::size_t l = 0; l < result.load.size(); ++l) {
+    if (result.load[l].share.empty()) continue;
+    layers.push_back(
+        {{"layer", l}, {"entropy", result.load[l].entropy}, {"share", result.load[l].share}});
+  }
+  return layers;
+}
+
+Json to_json(const Options& options, const Model& model, const EvalResult& result) {
+  const ModelCost cost = model_cost(model.config());
+  Json json{{"model", options.model},
+            {"text", options.text},
+            {"convention",
+             "disjoint windows, no BOS, every token but a window's first is predicted; nats"},
+            {"context", options.context},
+            {"windows", result.windows},
+            {"tokens", result.tokens},
+            {"predicted_tokens", result.predicted_tokens},
+            {"perplexity", result.perplexity},
+            {"mean_nll", result.mean_nll}};
+  if (result.has_reference) {
+    json["against"] = options.against;
+    json["kl"] = result.kl;
+    json["top1_agreement"] = result.top1_agreement;
+    json["reference_tokens_per_s"] = result.reference_tokens_per_s;
+  } else {
+    json["kl"] = nullptr;
+    json["top1_agreement"] = nullptr;
+  }
+  json["tokens_per_s"] = result.tokens_per_s;
+  json["elapsed_s"] = result.elapsed_s;
+  json["threads"] = model.threads();
+  json["instruction_set"] = isa_name();
+  json["parameters"] = cost.parameters;
+  json["active_parameters"] = cost.active_parameters;
+  json["macs_per_token"] = cost.macs_per_token;
+  json["ffn_macs_per_token"] = cost.ffn_macs_per_token;
+  json["router_macs_per_token"] = cost.router_macs_per_token;
+  json["active_share"] = active_share(model.config());
+  json["expert_load"] = load_json(result);
+  return json;
+}
+
+std::string load_text(const EvalResult& result) {
+  std::string text;
+  for (std::size_t l = 0; l < result.load.size(); ++l) {
+    const LayerLoad& load = result.load[l];
+    if (load.share.empty()) continue;
+    if (text.empty()) text = "\nlayer  entropy/max  load per expert (percent)\n";
+    text += fmt::format("{:5}  {:11.3f} ", l,
+                        load.entropy / std::log(std::max<double>(2.0, load.share.size())));
+    for (double share : load.share) text += fmt::format(" {:4.1f}", 100.0 * share);
+    text += '\n';
+  }
+  return text;
+}
+
+std::string to_text(const Model& model, const EvalResult& result) {
+  const ModelCost cost = model_cost(model.config());
+  std::string text = fmt::format("perplexity        {:.4f}\n", result.perplexity);
+  if (result.has_reference) {
+    text += fmt::format("kl                {:.6g} nats\ntop1_agreement    {:.4f}\n", result.kl,
+                        result.top1_agreement);
+  }
+  text += fmt::format(
+      "tokens            {} ({} windows, {} predicted; disjoint, no BOS)\n"
+      "tokens_per_s      {:.1f} ({} threads, {})\n",
+      result.tokens, result.windows, result.predicted_tokens, result.tokens_per_s, model.threads(),
+      isa_name());
+  if (result.has_reference)
+    text += fmt::format("reference         {:.1f} tokens/s\n", result.reference_tokens_per_s);
+  text += fmt::format(
+      "parameters        {} ({} active per token)\n"
+      "multiply-adds     {} per token, FFN {} (active share of the FFN {:.3f})\n",
+      human_count(cost.parameters), human_count(cost.active_parameters),
+      human_count(cost.macs_per_token), human_count(cost.ffn_macs_per_token),
+      active_share(model.config()));
+  return text + load_text(result);
+}
+
+void run(const Options& options) {
+  const Checkpoint checkpoint = Checkpoint::open(options.model);
+  const Tokenizer tokenizer = Tokenizer::from_checkpoint(checkpoint);
+  const TokenWindows text =
+      load_windows(tokenizer, options.text, options.context, options.limit_tokens);
+
+  Progress progress(options.common.quiet);
+  progress.note(
+      fmt::format("{}: {} windows of {} tokens", options.model, text.count(), options.context));
+  const ModelSpec spec{.threads = options.common.threads};
+  Model model = Model::load(checkpoint, spec);
+  std::unique_ptr<Model> dense;
+  if (!options.against.empty())
+    dense = std::make_unique<Model>(Model::load(Checkpoint::open(options.against), spec));
+
+  const EvalResult result = evaluate(
+      model, text, dense.get(), [&](std::int64_t done, std::int64_t all, double perplexity) {
+        progress.update(fmt::format("window {}/{}  perplexity {:.3f}", done, all, perplexity),
+                        done == all);
+      });
+  print_result(options.common, to_json(options, model, result), to_text(model, result));
+}
+
+}  // namespace
+
+void add_eval_command(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand(
+      "eval", "Quality of a model on a text: perplexity, and KL against a dense model");
+  command->add_option("MODEL", options->model, "Model directory or GGUF file")->required();
+  command->add_option("--text", options->text, "Text file(s), UTF-8")->required();
+  command->add_option("--against", options->against, "Dense model to compare with (KL, top-1)");
+  command->add_option("--context", options->context, "Window length, tokens")
+      ->capture_default_str()
+      ->check(CLI::Range(2, 1 << 24));
+  command
+      ->add_option("--limit-tokens", options->limit_tokens, "Use only the first N tokens; 0: all")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  add_common_options(*command, options->common);
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace cleave::cli

@@ -1,0 +1,70 @@
+#include <fmt/format.h>
+
+#include <cstdio>
+#include <new>
+
+#include "cli/cli.h"
+#include "cli/config_file.h"
+
+namespace {
+
+constexpr int kFailure = 1;
+constexpr int kUsageError = 2;
+
+int fail(int code, const std::string& message) {
+  fmt::print(stderr, "cleave: {}\n", message);
+  return code;
+}
+
+std::string first_subcommand(const CLI::App& app, int argc, char** argv) {
+  for (int i = 1; i < argc; ++i)
+    if (app.get_subcommand_no_throw(argv[i]) != nullptr) return argv[i];
+  return {};
+}
+
+int run(int argc, char** argv) {
+  CLI::App app{"cleave: split the dense FFNs of a transformer into a Mixture of Experts."};
+  app.set_version_flag("--version", std::string("cleave ") + cleave::kVersion);
+  app.require_subcommand(1);
+  app.footer(
+      "Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted.\n"
+      "Every option can also stand in a TOML file: --config FILE.toml (see docs/cli.md).");
+
+  cleave::cli::add_inspect_command(app);
+  cleave::cli::add_convert_command(app);
+  cleave::cli::add_train_command(app);
+  cleave::cli::add_eval_command(app);
+  cleave::cli::add_generate_command(app);
+  cleave::cli::add_tokenize_command(app);
+  cleave::cli::add_logits_command(app);
+  app.fallthrough();
+  app.set_config("--config", "", "Read options from a TOML file; the command line wins");
+  app.config_formatter(
+      std::make_shared<cleave::cli::ConfigFile>(first_subcommand(app, argc, argv)));
+  app.allow_config_extras(CLI::config_extras_mode::error);
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& success) {
+    return app.exit(success);  // --help, --version
+  } catch (const CLI::ParseError& error) {
+    return fail(kUsageError, fmt::format("{} (try --help)", error.what()));
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const CLI::RuntimeError& error) {
+    return error.get_exit_code();
+  } catch (const cleave::InvalidArgument& error) {
+    return fail(kUsageError, error.what());
+  } catch (const std::bad_alloc&) {
+    return fail(kFailure, "out of memory");
+  } catch (const std::exception& error) {
+    return fail(kFailure, error.what());
+  }
+}

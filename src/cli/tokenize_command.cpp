@@ -1,0 +1,43 @@
+#include <fmt/format.h>
+
+#include "cli/cli.h"
+
+namespace cleave::cli {
+namespace {
+
+struct Options {
+  CommonOptions common;
+  std::string model, text, text_file;
+  bool special = false;
+};
+
+void run(const Options& options) {
+  if (options.text.empty() == options.text_file.empty())
+    throw InvalidArgument("tokenize: give exactly one of --text and --text-file");
+  const Tokenizer tokenizer = Tokenizer::from_checkpoint(Checkpoint::open(options.model));
+  const std::string text = options.text.empty() ? read_text(options.text_file) : options.text;
+  const std::vector<std::int32_t> ids = tokenizer.encode(text, options.special);
+  std::string lines;
+  if (!options.common.json) {
+    for (std::int32_t id : ids)
+      lines += fmt::format("{:8}  {}\n", id,
+                           Json(tokenizer.decode({&id, 1}, false))
+                               .dump(-1, ' ', false, Json::error_handler_t::replace));
+  }
+  print_result(options.common, {{"count", ids.size()}, {"ids", ids}}, lines);
+}
+
+}  // namespace
+
+void add_tokenize_command(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command = app.add_subcommand("tokenize", "Text to token ids, one a line");
+  command->add_option("MODEL", options->model, "Model directory or GGUF file")->required();
+  command->add_option("--text", options->text, "The text itself");
+  command->add_option("--text-file", options->text_file, "A text file, UTF-8");
+  command->add_flag("--special", options->special, "Add the model's special tokens (BOS)");
+  add_common_options(*command, options->common);
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace cleave::cli
