@@ -17,8 +17,10 @@ int fail(int code, const std::string& message) {
 }
 
 std::string first_subcommand(const CLI::App& app, int argc, char** argv) {
+  const auto commands = app.get_subcommands([](const CLI::App*) { return true; });
   for (int i = 1; i < argc; ++i)
-    if (app.get_subcommand_no_throw(argv[i]) != nullptr) return argv[i];
+    for (const CLI::App* command : commands)
+      if (command->get_name() == argv[i]) return argv[i];
   return {};
 }
 
