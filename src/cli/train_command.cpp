@@ -1,0 +1,318 @@
+#include <fmt/format.h>
+
+#include <atomic>
+#include <csignal>
+
+#include "cleave/train/data.h"
+#include "cleave/train/recipes.h"
+#include "cleave/train/trainer.h"
+#include "cli/cli.h"
+
+namespace cleave::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Options {
+  CommonOptions common;
+  std::string model, out, teacher;
+  std::vector<std::string> data, held_out;
+  std::string recipe = "factorllm";
+  std::string phase = "joint";
+  std::int64_t steps = 200;
+  std::int64_t context = 256;
+  std::int64_t limit_tokens = 0;
+  std::int64_t held_out_windows = 16;
+  std::string pa_form = "router-first", labels = "per-expert", balance = "switch", gate = "keep";
+  std::string precision = "f32", device = "cpu", dtype = "auto", run_dir;
+  bool resume = false, overwrite = false;
+  train::FactorLlmSpec method;
+  train::TrainSpec train;
+};
+
+std::atomic<bool> interrupted{false};
+
+/// Ctrl-C once: finish the step, save, stop. Twice: the default, at once.
+class InterruptGuard {
+ public:
+  InterruptGuard() {
+    interrupted = false;
+    for (int signal : {SIGINT, SIGTERM})
+      std::signal(signal, [](int number) {
+        interrupted = true;
+        std::signal(number, SIG_DFL);
+      });
+  }
+  ~InterruptGuard() {
+    for (int signal : {SIGINT, SIGTERM}) std::signal(signal, SIG_DFL);
+  }
+};
+
+void fill_method(const Options& options, train::FactorLlmSpec& method) {
+  constexpr std::pair<const char*, train::PaForm> kForms[] = {
+      {"router-first", train::PaForm::kRouterFirst},
+      {"target-first", train::PaForm::kTargetFirst},
+      {"ce", train::PaForm::kCrossEntropy}};
+  constexpr std::pair<const char*, train::LabelKind> kLabels[] = {
+      {"per-expert", train::LabelKind::kPerExpert}, {"exhaustive", train::LabelKind::kExhaustive}};
+  constexpr std::pair<const char*, train::BalanceKind> kBalances[] = {
+      {"switch", train::BalanceKind::kSwitch}, {"paper", train::BalanceKind::kPaper}};
+  constexpr std::pair<const char*, std::optional<GateMode>> kGates[] = {
+      {"keep", std::nullopt}, {"softmax", GateMode::kSoftmax}, {"hard", GateMode::kHard}};
+  method = options.method;
+  method.phases = train::parse_phases(options.phase, options.steps);
+  method.pa_form = parse_name("--pa-form", options.pa_form, kForms);
+  method.labels = parse_name("--labels", options.labels, kLabels);
+  method.balance = parse_name("--balance", options.balance, kBalances);
+  method.gate = parse_name("--gate", options.gate, kGates);
+}
+
+train::TrainSpec make_train_spec(const Options& options) {
+  constexpr std::pair<const char*, at::ScalarType> kPrecisions[] = {{"f32", at::kFloat},
+                                                                    {"bf16", at::kBFloat16}};
+  constexpr std::pair<const char*, at::DeviceType> kDevices[] = {{"cpu", at::kCPU},
+                                                                 {"cuda", at::kCUDA}};
+  train::TrainSpec spec = options.train;
+  spec.seed = options.common.seed;
+  spec.threads = options.common.threads;
+  spec.dtype = parse_name("--precision", options.precision, kPrecisions);
+  spec.device = parse_name("--device", options.device, kDevices);
+  return spec;
+}
+
+std::string progress_line(const train::StepReport& r) {
+  std::string line = fmt::format("step {}/{} {}", r.step, r.steps, r.phase);
+  if (r.step > 0) {
+    line += fmt::format("  loss {:.4f}", r.loss);
+    for (const auto& [name, value] : r.parts) line += fmt::format(" {} {:.4f}", name, value);
+    line += fmt::format("  lr {:.2e}  grad {:.2f}  {:.0f} tok/s  {} left", r.learning_rate,
+                        r.grad_norm, r.tokens_per_s, human_seconds(r.eta_s));
+  }
+  if (r.held_out) line += fmt::format("  held-out perplexity {:.3f}", r.held_out->perplexity);
+  return line;
+}
+
+Json settings_json(const Options& options, const train::FactorLlmSpec& method,
+                   const train::TrainSpec& spec) {
+  return {{"command", "train"},
+          {"recipe", options.recipe},
+          {"context", options.context},
+          {"method", Json::parse(train::to_json(method))},
+          {"train", Json::parse(train::to_json(spec))}};
+}
+
+/// The tuned model as a stock directory; `cleave.json` tells both how it was split and how tuned.
+void write_tuned(const Options& options, const Checkpoint& student, train::TrainResult& result,
+                 const Json& settings) {
+  Provenance made = result.provenance.value_or(Provenance{});
+  Json history = Json::array();
+  if (!made.spec_json.empty()) {
+    const Json earlier = Json::parse(made.spec_json);
+    if (earlier.is_array())
+      history = earlier;
+    else
+      history.push_back(earlier);
+  }
+  history.push_back(settings);
+  made.spec_json = history.dump();
+  made.tool_version = kVersion;
+  const ModelConfig& config = student.config();
+  const MixtralShape shape{.num_experts = config.num_experts,
+                           .experts_per_token = config.experts_per_token,
+                           .expert_width = config.intermediate_size};
+  WriteSpec write{.dtype = parse_dtype(options.dtype), .overwrite = options.overwrite};
+  if (!write.dtype) write.dtype = config.dtype;
+  write_mixtral(options.out, student, shape, result.model->named_tensors(), made, write);
+}
+
+/// The run's folder is scaffolding: its metrics move into the model, the checkpoints go.
+void finish_run_dir(const fs::path& run_dir, const fs::path& out) {
+  std::error_code ignored;
+  fs::copy_file(run_dir / "metrics.jsonl", out / "metrics.jsonl",
+                fs::copy_options::overwrite_existing, ignored);
+  fs::remove_all(run_dir, ignored);
+}
+
+Json quality_json(const std::optional<train::HeldOutQuality>& quality) {
+  if (!quality) return nullptr;
+  Json json{{"perplexity", quality->perplexity}, {"tokens", quality->predicted_tokens}};
+  if (quality->has_kl) json["kl"] = quality->kl;
+  return json;
+}
+
+void run(const Options& options) {
+  if (options.recipe != "factorllm")
+    throw InvalidArgument("--recipe: unknown value '" + options.recipe + "'; choose factorllm");
+  train::FactorLlmSpec method;
+  fill_method(options, method);
+  const train::TrainSpec spec = make_train_spec(options);
+  parse_dtype(options.dtype);
+  check_output(options.out, options.overwrite);
+
+  const Checkpoint student = Checkpoint::open(options.model);
+  if (!student.config().is_moe())
+    throw InvalidArgument(
+        options.model + ": a dense model; split it first (cleave convert), then train the result");
+  std::optional<Checkpoint> teacher;
+  if (!options.teacher.empty()) teacher = Checkpoint::open(options.teacher);
+  const Tokenizer tokenizer = Tokenizer::from_checkpoint(student);
+  TokenWindows data = load_windows(tokenizer, options.data, options.context, options.limit_tokens);
+  TokenWindows held_out;
+  if (!options.held_out.empty()) {
+    held_out = load_windows(tokenizer, options.held_out, options.context, 0);
+  } else if (options.held_out_windows > 0) {
+    train::HeldOutSplit split = train::hold_out(data, options.held_out_windows);
+    data = std::move(split.train);
+    held_out = std::move(split.held_out);
+  }
+
+  Progress progress(options.common.quiet);
+  const fs::path run_dir =
+      options.run_dir.empty() ? fs::path(options.out + ".train") : fs::path(options.run_dir);
+  train::TrainIo io{.directory = run_dir, .resume = options.resume, .overwrite = options.overwrite};
+  io.progress = [&](const train::StepReport& report) {
+    progress.update(progress_line(report),
+                    report.held_out.has_value() || report.step == report.steps);
+  };
+  io.notice = [&](const std::string& line) { progress.note(line); };
+  io.stop = &interrupted;
+  progress.note(fmt::format("{}: {} windows of {} tokens to train on, {} held out; run in {}",
+                            options.model, data.count(), options.context,
+                            held_out.context > 0 ? held_out.count() : 0, run_dir.string()));
+
+  const InterruptGuard guard;
+  train::TrainResult result =
+      train::train_factorllm(student, teacher ? &*teacher : nullptr, data,
+                             held_out.context > 0 ? &held_out : nullptr, method, spec, io);
+  if (result.interrupted) {
+    constexpr int kInterrupted = 130;
+    fmt::print(stderr, "cleave: interrupted at step {}/{}; saved in {}, continue with --resume\n",
+               result.step, result.steps, run_dir.string());
+    throw CLI::RuntimeError(kInterrupted);
+  }
+  progress.update("writing " + options.out);
+  write_tuned(options, student, result, settings_json(options, method, spec));
+  finish_run_dir(run_dir, options.out);
+
+  const train::StepReport& last = result.last;
+  std::string text =
+      fmt::format("{}: {} steps, {} tokens, loss {:.4f}, {:.0f} tokens/s\n", options.out,
+                  result.steps, last.tokens, last.loss, last.tokens_per_s);
+  if (result.before && result.after)
+    text += fmt::format("held-out perplexity {:.3f} -> {:.3f}\n", result.before->perplexity,
+                        result.after->perplexity);
+  print_result(options.common,
+               {{"model", options.model},
+                {"out", options.out},
+                {"steps", result.steps},
+                {"tokens", last.tokens},
+                {"loss", last.loss},
+                {"tokens_per_s", last.tokens_per_s},
+                {"elapsed_s", last.elapsed_s},
+                {"held_out_before", quality_json(result.before)},
+                {"held_out_after", quality_json(result.after)},
+                {"metrics", (fs::path(options.out) / "metrics.jsonl").string()}},
+               text);
+}
+
+void add_data_options(CLI::App& command, Options& o) {
+  command.add_option("MODEL", o.model, "Converted model: a directory that cleave wrote")
+      ->required();
+  command.add_option("OUT", o.out, "Directory to write")->required();
+  command.add_option("--data", o.data, "Text file(s) to train on, UTF-8")->required();
+  command.add_option("--recipe", o.recipe, "What is trained and how: factorllm")
+      ->capture_default_str();
+  command.add_option("--teacher", o.teacher,
+                     "Dense model; default: put together again from MODEL's experts");
+  command.add_option("--held-out", o.held_out,
+                     "Text file(s) to evaluate on; default: the last windows of --data");
+  command
+      .add_option("--held-out-windows", o.held_out_windows, "Windows of --data set apart; 0: none")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  command.add_option("--limit-tokens", o.limit_tokens, "Use only the first N tokens; 0: all")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  command.add_option("--context", o.context, "Window length, tokens")
+      ->capture_default_str()
+      ->check(CLI::Range(2, 1 << 24));
+}
+
+void add_schedule_options(CLI::App& command, Options& o) {
+  const auto number = [&](const char* name, auto& value, const char* text) {
+    command.add_option(name, value, text)->capture_default_str()->check(CLI::NonNegativeNumber);
+  };
+  number("--steps", o.steps, "Optimiser steps");
+  command
+      .add_option("--phase", o.phase,
+                  "router, experts or joint; or several with steps: router:50,joint:150")
+      ->capture_default_str();
+  number("--batch", o.train.batch, "Windows per forward pass");
+  number("--grad-accumulation", o.train.grad_accumulation, "Forward passes per step");
+  number("--lr", o.train.learning_rate, "Learning rate at its peak");
+  number("--min-lr-ratio", o.train.min_lr_ratio, "Floor of the cosine, as a share of the peak");
+  number("--warmup", o.train.warmup_steps, "Warm-up steps");
+  number("--weight-decay", o.train.adamw.weight_decay, "Decoupled weight decay");
+  number("--beta1", o.train.adamw.beta1, "AdamW beta 1");
+  number("--beta2", o.train.adamw.beta2, "AdamW beta 2");
+  number("--clip", o.train.clip_norm, "Largest gradient norm; 0: no clipping");
+  number("--eval-every", o.train.eval_every, "Steps between held-out evaluations; 0: ends only");
+  number("--eval-tokens", o.train.eval_tokens, "Held-out tokens per evaluation; 0: all");
+  number("--log-every", o.train.log_every, "Steps between lines of metrics.jsonl");
+  number("--checkpoint-every", o.train.checkpoint_every, "Steps between checkpoints; 0: end only");
+  number("--keep-checkpoints", o.train.keep_checkpoints, "Checkpoints to keep");
+}
+
+void add_method_options(CLI::App& command, Options& o) {
+  const auto weight = [&](const char* name, double& value, const char* text) {
+    command.add_option(name, value, text)->capture_default_str()->check(CLI::NonNegativeNumber);
+  };
+  weight("--lm-weight", o.method.lm_weight, "Weight of the language-model loss");
+  weight("--pa-weight", o.method.pa_weight, "Weight of the prior-approximate loss");
+  weight("--balance-weight", o.method.balance_weight, "Weight of the load-balance loss");
+  weight("--distill-weight", o.method.distill_weight, "Weight of the KL to the teacher's logits");
+  command
+      .add_option("--pa-form", o.pa_form,
+                  "KL(router || target) router-first, KL(target || router) target-first, or ce")
+      ->capture_default_str();
+  command.add_option("--labels", o.labels, "Prior labels: per-expert or exhaustive")
+      ->capture_default_str();
+  command
+      .add_option("--pa-tokens", o.method.pa_tokens,
+                  "Tokens per forward pass that get labels; 0: all")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  command.add_option("--balance", o.balance, "Load-balance loss: switch or paper")
+      ->capture_default_str();
+  command.add_option("--gate", o.gate, "Gate: keep (as converted), softmax or hard")
+      ->capture_default_str();
+  command.add_flag("--straight-through", o.method.straight_through,
+                   "With a hard gate: backward as if it were softmax");
+}
+
+}  // namespace
+
+void add_train_command(CLI::App& app) {
+  auto options = std::make_shared<Options>();
+  CLI::App* command =
+      app.add_subcommand("train", "Tune the routers and experts of a converted model");
+  add_data_options(*command, *options);
+  add_schedule_options(*command, *options);
+  add_method_options(*command, *options);
+  command->add_option("--precision", options->precision, "Arithmetic: f32 or bf16")
+      ->capture_default_str();
+  command->add_option("--device", options->device, "cpu or cuda")->capture_default_str();
+  command->add_option("--dtype", options->dtype, "Stored type: f32, bf16, f16, or auto: MODEL's")
+      ->capture_default_str();
+  command->add_option("--run-dir", options->run_dir,
+                      "Checkpoints and metrics while it runs; default: OUT.train");
+  command->add_flag("--resume", options->resume,
+                    "Go on from the newest checkpoint in the run folder");
+  command->add_flag("--overwrite", options->overwrite,
+                    "Replace OUT and an earlier run if they exist");
+  add_seed_option(*command, options->common, "the order of the data");
+  add_common_options(*command, options->common);
+  command->callback([options] { run(*options); });
+}
+
+}  // namespace cleave::cli
