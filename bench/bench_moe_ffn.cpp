@@ -122,7 +122,8 @@ int main(int argc, char** argv) {
                                                .num_experts = o.experts}));
     cleave::ThreadPool pool(o.threads);
     std::vector<Row> rows;
-    for (std::int64_t T : o.tokens) rows.push_back(measure(o, ffn, bank, T, pool.parallel(), rng));
+    for (std::int64_t T : o.tokens)
+      rows.push_back(measure(o, ffn, bank, T, pool.parallel_for(), rng));
     print(o, rows);
   } catch (const std::exception& error) {
     fmt::print(stderr, "bench_moe_ffn: {}\n", error.what());

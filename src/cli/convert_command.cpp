@@ -14,6 +14,7 @@ struct Options {
   std::int64_t active = 4;
   std::string partition = "kmeans";
   std::string gate = "softmax";
+  std::string scale = "fitted";
   std::vector<std::string> calibration;
   std::int64_t calibration_tokens = 16384;
   std::int64_t context = 512;
@@ -34,6 +35,10 @@ ConvertSpec make_spec(const Options& options) {
   spec.partition.seed = options.common.seed;
   spec.experts_per_token = options.active;
   spec.gate = parse_name("--gate", options.gate, kGates);
+  constexpr std::pair<const char*, ScalePolicy> kScales[] = {{"fitted", ScalePolicy::kFitted},
+                                                             {"experts", ScalePolicy::kExperts},
+                                                             {"active", ScalePolicy::kActive}};
+  spec.scale = parse_name("--scale", options.scale, kScales);
   spec.threads = options.common.threads;
   return spec;
 }
@@ -81,6 +86,7 @@ void run(const Options& options) {
                 {"partition", options.partition},
                 {"gate", options.gate},
                 {"router", conversion.router},
+                {"scale", scale_policy_name(conversion.scale)},
                 {"calibration_tokens", conversion.calibration_tokens},
                 {"dtype", dtype_name(written.config().dtype)},
                 {"macs_per_token_before", before.macs_per_token},
@@ -115,6 +121,11 @@ void add_convert_command(CLI::App& app) {
   command
       ->add_option("--gate", options->gate,
                    "Expert weights: softmax (over the selected) or hard (0/1 mask)")
+      ->capture_default_str();
+  command
+      ->add_option("--scale", options->scale,
+                   "Output scale folded into down: fitted (needs a calibration text), experts "
+                   "(E with a softmax gate, E/K with a hard one) or active (K, 1)")
       ->capture_default_str();
   command->add_option("--calibration", options->calibration,
                       "Text file(s) to fit the routers on; without: random routers, to be trained");

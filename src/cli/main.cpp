@@ -32,6 +32,7 @@ int run(int argc, char** argv) {
       "Exit codes: 0 success, 1 failure, 2 usage error, 130 interrupted.\n"
       "Every option can also stand in a TOML file: --config FILE.toml (see docs/cli.md).");
 
+  app.fallthrough();  // inherited by the subcommands: --config may stand behind them
   cleave::cli::add_inspect_command(app);
   cleave::cli::add_convert_command(app);
   cleave::cli::add_train_command(app);
@@ -39,12 +40,13 @@ int run(int argc, char** argv) {
   cleave::cli::add_generate_command(app);
   cleave::cli::add_tokenize_command(app);
   cleave::cli::add_logits_command(app);
-  app.fallthrough();
   app.set_config("--config", "", "Read options from a TOML file; the command line wins");
   app.config_formatter(
       std::make_shared<cleave::cli::ConfigFile>(first_subcommand(app, argc, argv)));
   app.allow_config_extras(CLI::config_extras_mode::error);
 
+  if (argc > 1 && argv[1][0] != '-' && first_subcommand(app, 2, argv).empty())
+    return fail(kUsageError, fmt::format("unknown command '{}' (try --help)", argv[1]));
   try {
     app.parse(argc, argv);
   } catch (const CLI::Success& success) {
