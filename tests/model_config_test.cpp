@@ -1,0 +1,140 @@
+#include "cleave/model_config.h"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "cleave/error.h"
+
+namespace cleave {
+namespace {
+
+using nlohmann::json;
+
+json llama() {
+  return {{"model_type", "llama"},         {"vocab_size", 100},      {"hidden_size", 64},
+          {"intermediate_size", 96},       {"num_hidden_layers", 2}, {"num_attention_heads", 8},
+          {"num_key_value_heads", 4},      {"rms_norm_eps", 1e-5},   {"rope_theta", 5e5},
+          {"max_position_embeddings", 256}};
+}
+
+ModelConfig parse(const json& config) { return parse_model_config(config.dump(), "config.json"); }
+
+std::string error_of(const json& config) {
+  try {
+    parse(config);
+  } catch (const FileError& error) {
+    return error.what();
+  }
+  return "";
+}
+
+TEST(ModelConfig, ReadsALlama) {
+  const ModelConfig c = parse(llama());
+  EXPECT_EQ(c.family, Family::kLlama);
+  EXPECT_EQ(c.head_dim, 8);
+  EXPECT_EQ(c.rope.theta, 5e5);
+  EXPECT_EQ(c.rope.type, RopeConfig::Type::kDefault);
+  EXPECT_FALSE(c.is_moe());
+  EXPECT_FALSE(c.bos_token_id.has_value());
+  EXPECT_TRUE(c.eos_token_ids.empty());
+}
+
+TEST(ModelConfig, BothSpellingsOfRopeMeanTheSame) {
+  const json scaling = {{"rope_type", "llama3"},
+                        {"factor", 32.0},
+                        {"low_freq_factor", 1.0},
+                        {"high_freq_factor", 4.0},
+                        {"original_max_position_embeddings", 4096}};
+  json old_form = llama();
+  old_form["rope_scaling"] = scaling;
+  json new_form = llama();
+  new_form.erase("rope_theta");
+  new_form["rope_parameters"] = scaling;
+  new_form["rope_parameters"]["rope_theta"] = 5e5;
+  for (const json& form : {old_form, new_form}) {
+    const RopeConfig rope = parse(form).rope;
+    EXPECT_EQ(rope.type, RopeConfig::Type::kLlama3);
+    EXPECT_EQ(rope.theta, 5e5);
+    EXPECT_EQ(rope.factor, 32.0);
+    EXPECT_EQ(rope.original_max_position_embeddings, 4096);
+  }
+  json legacy = llama();
+  legacy["rope_scaling"] = {{"type", "linear"}, {"factor", 2.0}};
+  EXPECT_EQ(parse(legacy).rope.type, RopeConfig::Type::kLinear);
+}
+
+TEST(ModelConfig, FamiliesDifferInWhatTheyLeaveOut) {
+  json mistral = llama();
+  mistral["model_type"] = "mistral";
+  EXPECT_EQ(parse(mistral).sliding_window, 4096);
+  mistral["sliding_window"] = nullptr;
+  EXPECT_EQ(parse(mistral).sliding_window, 0);
+  json mixtral = llama();
+  mixtral["model_type"] = "mixtral";
+  mixtral.erase("rope_theta");
+  const ModelConfig c = parse(mixtral);
+  EXPECT_EQ(c.num_experts, 8);
+  EXPECT_EQ(c.experts_per_token, 2);
+  EXPECT_EQ(c.rope.theta, 1e6);
+}
+
+TEST(ModelConfig, EndOfTextIsOneIdOrSeveral) {
+  json config = llama();
+  config["eos_token_id"] = 7;
+  EXPECT_EQ(parse(config).eos_token_ids, std::vector<std::int32_t>{7});
+  config["eos_token_id"] = {7, 9};
+  EXPECT_EQ(parse(config).eos_token_ids, (std::vector<std::int32_t>{7, 9}));
+}
+
+TEST(ModelConfig, RefusalsNameTheKey) {
+  const auto with = [](const char* key, const json& value) {
+    json config = llama();
+    config[key] = value;
+    return error_of(config);
+  };
+  const auto expect = [](const std::string& error, const char* part) {
+    EXPECT_NE(error.find(part), std::string::npos) << "gave: " << error;
+    EXPECT_NE(error.find("config.json"), std::string::npos);
+  };
+  expect(with("model_type", "gpt2"), "'gpt2' is not supported; llama, mistral and mixtral");
+  expect(with("architectures", {"LlamaForSequenceClassification"}), "architectures");
+  expect(with("num_key_value_heads", 3), "num_key_value_heads 3");
+  expect(with("num_attention_heads", 7), "num_attention_heads 7");
+  expect(with("head_dim", 9), "head_dim is 9");
+  expect(with("hidden_size", "64"), "'hidden_size'");
+  expect(with("hidden_size", 0), "hidden_size is 0");
+  expect(with("vocab_size", nullptr), "'vocab_size' is missing");
+  expect(with("vocab_size", 1ull << 40), "vocab_size");
+  expect(with("hidden_act", "mish"), "silu");
+  expect(with("rope_scaling", {{"rope_type", "yarn"}, {"factor", 2}}), "yarn");
+  expect(with("rope_scaling", {{"rope_type", "linear"}}), "'factor' is missing");
+  expect(with("torch_dtype", "int8"), "torch_dtype");
+  expect(with("quantization_config", {{"bits", 4}}), "quantised");
+  expect(with("rms_norm_eps", 0), "rms_norm_eps");
+  expect(with("eos_token_id", 100), "vocab_size is 100");
+  EXPECT_THROW(parse_model_config("{", "config.json"), FileError);
+  EXPECT_THROW(parse_model_config("[]", "config.json"), FileError);
+}
+
+TEST(ModelCost, AllExpertsOnCostTheDenseModelAndTheRouters) {
+  const ModelConfig dense = parse(llama());
+  json moe_json = llama();
+  moe_json["model_type"] = "mixtral";
+  moe_json["intermediate_size"] = 12;
+  moe_json["num_experts_per_tok"] = 8;
+  const ModelConfig moe = parse(moe_json);
+  const ModelCost a = model_cost(dense);
+  const ModelCost b = model_cost(moe);
+  const std::int64_t routers = 2 * 8 * 64;
+  EXPECT_EQ(b.router_macs_per_token, routers);
+  EXPECT_EQ(b.parameters, a.parameters + routers);
+  EXPECT_EQ(b.macs_per_token, a.macs_per_token + routers);
+  EXPECT_EQ(b.ffn_macs_per_token, a.ffn_macs_per_token);
+  // By hand: attention 64*64*2 + 32*64*2, FFN 3*64*96, two norms; embedding, head, last norm.
+  EXPECT_EQ(a.parameters, 2 * (12288 + 18432 + 128) + 2 * 6400 + 64);
+  EXPECT_EQ(a.active_parameters, a.parameters - 6400);
+}
+
+}  // namespace
+}  // namespace cleave
