@@ -35,7 +35,8 @@ struct Provenance {
 std::optional<Provenance> read_provenance(const std::filesystem::path& directory);
 
 struct WriteSpec {
-  std::optional<DType> dtype;  ///< F32, F16 or BF16; unset: see default_write_dtype()
+  std::optional<DType> dtype =
+      std::nullopt;  ///< F32, F16 or BF16; unset: see default_write_dtype()
   bool overwrite =
       false;  ///< replace an existing directory (the old one stays until the new is whole)
   std::int64_t max_shard_bytes = 5'000'000'000;  ///< a tensor is never split

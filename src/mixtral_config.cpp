@@ -1,0 +1,109 @@
+#include "mixtral_config.h"
+
+#include <nlohmann/json.hpp>
+
+#include "fail.h"
+
+namespace cleave {
+namespace {
+
+using nlohmann::ordered_json;
+
+const char* torch_dtype(DType dtype) {
+  if (dtype == DType::kF16) return "float16";
+  if (dtype == DType::kBF16) return "bfloat16";
+  return "float32";
+}
+
+/// What both spellings of the rope settings share; an empty object for plain rope.
+ordered_json rope_scaling(const RopeConfig& rope) {
+  ordered_json scaling = ordered_json::object();
+  if (rope.type == RopeConfig::Type::kDefault) return scaling;
+  const bool llama3 = rope.type == RopeConfig::Type::kLlama3;
+  scaling["rope_type"] = llama3 ? "llama3" : "linear";
+  scaling["factor"] = rope.factor;
+  if (llama3) {
+    scaling["low_freq_factor"] = rope.low_freq_factor;
+    scaling["high_freq_factor"] = rope.high_freq_factor;
+    scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings;
+  }
+  return scaling;
+}
+
+/// Transformers 5 reads only `rope_parameters`; older ones, and engines written for them, fall back
+/// to theta 10000 without a word unless `rope_theta` is there. So both are written.
+void add_rope(const RopeConfig& rope, ordered_json& json) {
+  const ordered_json scaling = rope_scaling(rope);
+  json["rope_theta"] = rope.theta;
+  json["rope_scaling"] = scaling.empty() ? ordered_json(nullptr) : scaling;
+  if (!scaling.empty()) json["rope_scaling"]["rope_theta"] = rope.theta;
+  ordered_json parameters = scaling;
+  parameters["rope_theta"] = rope.theta;
+  if (scaling.empty()) parameters["rope_type"] = "default";
+  json["rope_parameters"] = parameters;
+}
+
+void add_token_ids(const ModelConfig& config, ordered_json& json) {
+  if (config.bos_token_id) json["bos_token_id"] = *config.bos_token_id;
+  if (config.eos_token_ids.size() == 1) json["eos_token_id"] = config.eos_token_ids.front();
+  if (config.eos_token_ids.size() > 1) json["eos_token_id"] = config.eos_token_ids;
+  if (config.pad_token_id) json["pad_token_id"] = *config.pad_token_id;
+}
+
+}  // namespace
+
+ModelConfig mixtral_config(const ModelConfig& source, const MixtralShape& shape, DType dtype) {
+  ModelConfig config = source;
+  config.family = Family::kMixtral;
+  config.num_experts = shape.num_experts;
+  config.experts_per_token = shape.experts_per_token;
+  config.intermediate_size = shape.expert_width;
+  config.tie_word_embeddings = false;
+  config.dtype = dtype;
+  return config;
+}
+
+std::string mixtral_config_json(const ModelConfig& c) {
+  ordered_json json = {
+      {"architectures", ordered_json::array({"MixtralForCausalLM"})},
+      {"model_type", "mixtral"},
+      {"vocab_size", c.vocab_size},
+      {"hidden_size", c.hidden_size},
+      {"intermediate_size", c.intermediate_size},
+      {"num_hidden_layers", c.num_layers},
+      {"num_attention_heads", c.num_heads},
+      {"num_key_value_heads", c.num_kv_heads},
+      {"head_dim", c.head_dim},
+      {"hidden_act", activation_name(c.activation)},
+      {"max_position_embeddings", c.max_position_embeddings},
+      {"rms_norm_eps", c.rms_norm_eps},
+      {"attention_dropout", 0.0},
+      {"num_local_experts", c.num_experts},
+      {"num_experts_per_tok", c.experts_per_token},
+      {"output_router_logits", false},
+      {"router_aux_loss_coef", 0.001},
+      {"router_jitter_noise", 0.0},
+      {"tie_word_embeddings", false},
+      {"use_cache", true},
+      {"dtype", torch_dtype(c.dtype)},
+      {"torch_dtype", torch_dtype(c.dtype)},
+  };
+  json["sliding_window"] =
+      c.sliding_window > 0 ? ordered_json(c.sliding_window) : ordered_json(nullptr);
+  add_rope(c.rope, json);
+  // Transformers' own defaults are 1 and 2; a model without the tokens must say so.
+  json["bos_token_id"] = nullptr;
+  json["eos_token_id"] = nullptr;
+  json["pad_token_id"] = nullptr;
+  add_token_ids(c, json);
+  return json.dump(2) + "\n";
+}
+
+std::string generation_config_json(const ModelConfig& config) {
+  ordered_json json = ordered_json::object();
+  add_token_ids(config, json);
+  if (json.empty()) return {};
+  return json.dump(2) + "\n";
+}
+
+}  // namespace cleave
