@@ -135,11 +135,10 @@ def main():
         model = smollm2(arguments.smollm2)
         # A text of its own making needs no tokenizer: ids drawn from the model itself, greedily
         # continued from random starts, so that the perplexity is that of likely text.
-        ids = []
-        for start in torch.randint(100, 40000, (16,), generator=generator).tolist():
-            prompt = torch.tensor([[start]])
-            ids += model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                                  max_new_tokens=63, min_new_tokens=63, pad_token_id=0)[0].tolist()
+        starts = torch.randint(100, 40000, (16, 1), generator=generator)
+        ids = model.generate(starts, attention_mask=torch.ones_like(starts), do_sample=False,
+                             max_new_tokens=63, min_new_tokens=63, pad_token_id=0)
+        ids = ids.flatten().tolist()
         assert len(ids) == 1024
         write_subset("logits_smollm2.json", model, ids[:300],
                      {"text": ids, "context": 256, "perplexity": perplexity(model, ids, 256)})

@@ -1,11 +1,18 @@
 // moe_ffn on the CPU: y[t] += scale * sum_k weights[t,k] * expert_{ids[t,k]}(x[t]).
 // Definition: moe_ffn_reference.cpp.
 //
-// Many tokens: group them by expert; every thread takes an equal share of the (token, expert)
-// pairs, gathers the tokens of one expert, runs its products and leaves one result row per pair; a
-// second pass adds the K rows of each token. So no two threads write one row of y, and the order of
-// the sum is that of the routing, whatever the number of threads. One token: nothing is gathered.
-// Threads share the hidden neurons of the K experts, then the columns of y.
+// One token: nothing is gathered. Threads share the hidden neurons of the K experts, then the
+// columns of y.
+//
+// Many tokens, wide experts: group the tokens by expert; every thread takes an equal share of the
+// (token, expert) pairs, gathers the tokens of one expert, runs its products and leaves one result
+// row per pair; a second pass adds the K rows of each token.
+//
+// Many tokens, narrow experts: those result rows would cost more memory traffic than the products.
+// Every thread takes a share of the tokens through all experts and adds each product to y at once.
+//
+// Either way no two threads write one row of y, and the order of a row's sum does not depend on how
+// many threads there are.
 
 #include <fmt/format.h>
 
@@ -30,6 +37,10 @@ constexpr std::int64_t kMaxRows = 256;
 // The result rows of all pairs are kept below so many floats (64 MB) by taking fewer tokens at
 // once.
 constexpr std::int64_t kMaxPairElements = 16 * 1024 * 1024;
+// Experts narrower than this, in neurons, are run by tokens, where there are enough of those to
+// give every thread a real product. Measured on 576 x 1536 in 8 to 96 experts, half of them active.
+constexpr std::int64_t kNarrow = 96;
+constexpr std::int64_t kTokensPerThread = 64;
 constexpr std::int64_t kGrainMacs = 32 * 1024;
 
 std::int64_t grain_for(std::int64_t macs_per_item) { return 1 + kGrainMacs / (macs_per_item + 1); }
@@ -118,13 +129,19 @@ void gathered_expert(const ExpertView& e, std::span<const std::int64_t> pairs,
                  Store::kOverwrite);
 }
 
+std::int64_t widest_expert(const ExpertBank& bank) {
+  std::int64_t widest = 0;
+  for (std::int64_t e = 0; e < bank.num_experts(); ++e) widest = std::max(widest, bank.width(e));
+  return widest;
+}
+
+// A share of the (token, expert) pairs per thread.
 void grouped(const ExpertBank& bank, const Routing& routing, float scale, MatrixView<const float> x,
              MatrixView<float> y, const ParallelFor& parallel) {
   const std::int64_t D = bank.d_model, K = routing.experts_per_token;
   const TokenGroups groups = group_tokens(routing, bank.num_experts());
   const auto num_pairs = static_cast<std::int64_t>(groups.pair.size());
-  std::int64_t widest = 0;
-  for (std::int64_t e = 0; e < bank.num_experts(); ++e) widest = std::max(widest, bank.width(e));
+  const std::int64_t widest = widest_expert(bank);
   std::vector<std::int64_t> position(num_pairs);  // of a pair among the grouped ones
   for (std::int64_t i = 0; i < num_pairs; ++i) position[groups.pair[i]] = i;
   Buffer results(num_pairs * D);
@@ -145,6 +162,33 @@ void grouped(const ExpertBank& bank, const Routing& routing, float scale, Matrix
   parallel(x.rows, grain_for(K * D), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t pair = begin * K; pair < end * K; ++pair)
       isa_kernels().add(results.data() + position[pair] * D, y.row(pair / K), D);
+  });
+}
+
+// A share of the tokens per thread.
+void by_tokens(const ExpertBank& bank, const Routing& routing, float scale,
+               MatrixView<const float> x, MatrixView<float> y, const ParallelFor& parallel) {
+  const std::int64_t D = bank.d_model, K = routing.experts_per_token;
+  const TokenGroups groups = group_tokens(routing, bank.num_experts());
+  const std::int64_t widest = widest_expert(bank);
+  parallel(x.rows, kTokensPerThread, [&](std::int64_t begin, std::int64_t end) {
+    Scratch scratch(D, widest);
+    Buffer results(kMaxRows * D);
+    for (std::int64_t e = 0; e < bank.num_experts(); ++e) {
+      // Pairs ascend within an expert, so those of a range of tokens lie together.
+      const auto first = groups.pair.begin() + groups.begin[e];
+      const auto last = groups.pair.begin() + groups.begin[e + 1];
+      const auto mine = std::lower_bound(first, last, begin * K);
+      std::span<const std::int64_t> pairs(mine, std::lower_bound(mine, last, end * K));
+      while (!pairs.empty()) {
+        const auto some = pairs.first(std::min<std::size_t>(pairs.size(), kMaxRows));
+        gathered_expert(bank.expert(e), some, routing, scale, x, scratch, results.data());
+        for (std::size_t r = 0; r < some.size(); ++r)
+          isa_kernels().add(results.data() + static_cast<std::int64_t>(r) * D, y.row(some[r] / K),
+                            D);
+        pairs = pairs.subspan(some.size());
+      }
+    }
   });
 }
 
@@ -169,6 +213,8 @@ void moe_ffn(const ExpertBank& bank, const Routing& routing, float scale, Matrix
                 std::span(routing.weights).subspan(t * K, K), scale, x.row(t), y.row(t), parallel);
     return;
   }
+  if (T >= kTokensPerThread && widest_expert(bank) < kNarrow)
+    return by_tokens(bank, routing, scale, x, y, parallel);
   const std::int64_t piece =
       std::max<std::int64_t>(64, kMaxPairElements / std::max<std::int64_t>(1, K * bank.d_model));
   if (T <= piece) return grouped(bank, routing, scale, x, y, parallel);

@@ -59,6 +59,26 @@ TEST(MoeFfn, AllTokensOnOneExpertAndEmptyExperts) {
   expect_near(actual, expected, magnitude, ffn_bound(D, 30));
 }
 
+// The ways through moe_ffn meet at 4 tokens, at 64 tokens and at 96 neurons; on either side the
+// same answer.
+TEST(MoeFfn, NarrowAndWideExpertsOnFewAndManyTokens) {
+  ThreadPool pool(3);
+  for (const std::int64_t H : {20, 110 * 3})
+    for (const std::int64_t T : {4, 5, 63, 64, 200}) {
+      std::mt19937 rng(static_cast<unsigned>(H + T));
+      const std::int64_t D = 9;
+      ExpertBank bank = random_bank(rng, D, H, 3, true, true, Activation::kSilu);
+      bank.begin = {0, H / 3, 2 * (H / 3), H};
+      const Routing routing = random_routing(rng, T, 3, 2);
+      const OwnedMatrix x = random_matrix(rng, T, D);
+      OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
+      SCOPED_TRACE(fmt::format("T={} H={}", T, H));
+      moe_ffn_reference(bank, routing, 2.0f, x.view(), expected.view(), magnitude.view());
+      moe_ffn(bank, routing, 2.0f, x.view(), actual.view(), pool.parallel_for());
+      expect_near(actual, expected, magnitude, ffn_bound(D, H));
+    }
+}
+
 TEST(MoeFfn, PermutingTokensPermutesOutputs) {
   std::mt19937 rng(6);
   const std::int64_t T = 40, D = 24, K = 2;
