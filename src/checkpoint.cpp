@@ -6,14 +6,12 @@
 
 #include "decoder_tensors.h"
 #include "fail.h"
+#include "gguf_tokenizer.h"
 #include "mapped_file.h"
 #include "model_files.h"
 #include "quants.h"
 #include "safetensors.h"
 #include "sha256.h"
-#if __has_include("gguf_tokenizer.h")
-#include "gguf_tokenizer.h"
-#endif
 
 namespace cleave {
 namespace {
@@ -190,11 +188,7 @@ std::string Checkpoint::tokenizer_json() const {
   if (!has_tokenizer())
     fail_file("{}: has no tokenizer; expected a tokenizer.json", impl_->path.string());
   if (format() == Format::kSafetensors) return read_text_file(directory() / "tokenizer.json");
-#if __has_include("gguf_tokenizer.h")
   return gguf_tokenizer_files(*impl_->files.gguf).tokenizer_json;
-#else
-  fail_file("{}: a tokenizer in GGUF keys cannot be read yet", impl_->path.string());
-#endif
 }
 
 std::vector<std::pair<std::string, std::string>> Checkpoint::companion_files() const {
@@ -205,7 +199,6 @@ std::vector<std::pair<std::string, std::string>> Checkpoint::companion_files() c
         files.emplace_back(name, read_text_file(directory() / name));
     return files;
   }
-#if __has_include("gguf_tokenizer.h")
   if (!has_tokenizer()) return files;
   const GgufTokenizerFiles made = gguf_tokenizer_files(*impl_->files.gguf);
   const auto add = [&](const char* name, const std::string& text) {
@@ -215,7 +208,6 @@ std::vector<std::pair<std::string, std::string>> Checkpoint::companion_files() c
   add("special_tokens_map.json", made.special_tokens_map_json);
   add("chat_template.jinja", made.chat_template);
   add("generation_config.json", made.generation_config_json);
-#endif
   return files;
 }
 
