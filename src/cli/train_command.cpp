@@ -92,29 +92,21 @@ std::string progress_line(const train::StepReport& r) {
   return line;
 }
 
-Json settings_json(const Options& options, const train::FactorLlmSpec& method,
-                   const train::TrainSpec& spec) {
+Json settings_json(const Options& options) {
   return {{"command", "train"},
           {"recipe", options.recipe},
-          {"context", options.context},
-          {"method", Json::parse(train::to_json(method))},
-          {"train", Json::parse(train::to_json(spec))}};
+          {"data_files", options.data.size()},
+          {"context", options.context}};
 }
 
 /// The tuned model as a stock directory; `cleave.json` tells both how it was split and how tuned.
 void write_tuned(const Options& options, const Checkpoint& student, train::TrainResult& result,
                  const Json& settings) {
   Provenance made = result.provenance.value_or(Provenance{});
-  Json history = Json::array();
-  if (!made.spec_json.empty()) {
-    const Json earlier = Json::parse(made.spec_json);
-    if (earlier.is_array())
-      history = earlier;
-    else
-      history.push_back(earlier);
-  }
-  history.push_back(settings);
-  made.spec_json = history.dump();
+  // The recipe has recorded its own settings; what the command adds stands beside them.
+  Json spec = made.spec_json.empty() ? Json::object() : Json::parse(made.spec_json);
+  spec["tuned_by"] = settings;
+  made.spec_json = spec.dump();
   made.tool_version = kVersion;
   const ModelConfig& config = student.config();
   const MixtralShape shape{.num_experts = config.num_experts,
@@ -191,7 +183,7 @@ void run(const Options& options) {
     throw CLI::RuntimeError(kInterrupted);
   }
   progress.update("writing " + options.out);
-  write_tuned(options, student, result, settings_json(options, method, spec));
+  write_tuned(options, student, result, settings_json(options));
   finish_run_dir(run_dir, options.out);
 
   const train::StepReport& last = result.last;
