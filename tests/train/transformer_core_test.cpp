@@ -1,0 +1,51 @@
+// The two forward passes, with and without LibTorch, held equal on dense and stock MoE models.
+// (Converted models: transformer_roundtrip_test.cpp.)
+
+#include <gtest/gtest.h>
+#include <torch/torch.h>
+
+#include "cleave/train/transformer.h"
+#include "support/paths.h"
+#include "train/core_logits.h"
+
+namespace cleave::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+void expect_equal(const fs::path& path, std::int64_t count) {
+  const Checkpoint checkpoint = Checkpoint::open(path);
+  const torch::NoGradGuard no_grad;
+  auto model = TransformerImpl::load(checkpoint);
+  const std::int64_t vocab = model->config().vocab_size;
+  const at::Tensor tokens = (torch::arange(count) * 37 % vocab).unsqueeze(0);
+  const at::Tensor logits = model->forward(tokens)[0];
+  const at::Tensor expected = cleave::testing::core_logits(checkpoint, tokens);
+  EXPECT_LT((logits - expected).abs().max().item<double>(), 2e-4);
+  EXPECT_GT(expected.std().item<double>(), 0.1) << "nothing to compare";
+}
+
+TEST(TransformerAndCore, AgreeOnTinyModels) {
+  for (const char* name : {"llama", "llama_long", "mixtral"}) {
+    SCOPED_TRACE(name);
+    expect_equal(cleave::testing::source_dir() / "tests" / "golden" / "logits" / name, 40);
+  }
+}
+
+TEST(TransformerAndCore, AgreeOnTinyStories) {
+  CLEAVE_SKIP_WITHOUT(cleave::testing::tinystories_dir());
+  expect_equal(cleave::testing::tinystories_dir(), 100);
+}
+
+TEST(TransformerAndCore, AgreeOnTheBundledModel) {
+  CLEAVE_SKIP_WITHOUT(cleave::testing::demo_llama_dir());
+  expect_equal(cleave::testing::demo_llama_dir(), 100);
+}
+
+TEST(LargeTransformerAndCore, AgreeOnSmolLm2) {
+  CLEAVE_SKIP_WITHOUT(cleave::testing::smollm2_gguf());
+  expect_equal(cleave::testing::smollm2_gguf(), 64);
+}
+
+}  // namespace
+}  // namespace cleave::train
