@@ -1,5 +1,8 @@
 #include <fmt/format.h>
 
+#include <fstream>
+#include <iterator>
+
 #include "cli/cli.h"
 
 namespace cleave::cli {
@@ -11,11 +14,18 @@ struct Options {
   bool special = false;
 };
 
+/// Unlike read_text(), takes what is there: white space alone and stray bytes tokenize as well.
+std::string read_bytes(const std::string& file) {
+  std::ifstream in(file, std::ios::binary);
+  if (!in) throw FileError(file + ": cannot be read");
+  return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+}
+
 void run(const Options& options) {
   if (options.text.empty() == options.text_file.empty())
     throw InvalidArgument("tokenize: give exactly one of --text and --text-file");
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(Checkpoint::open(options.model));
-  const std::string text = options.text.empty() ? read_text(options.text_file) : options.text;
+  const std::string text = options.text.empty() ? read_bytes(options.text_file) : options.text;
   const std::vector<std::int32_t> ids = tokenizer.encode(text, options.special);
   std::string lines;
   if (!options.common.json) {
