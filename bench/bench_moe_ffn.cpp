@@ -113,7 +113,9 @@ int main(int argc, char** argv) {
 
   try {
     std::mt19937 rng(0);
-    cleave::DenseFfn ffn{.hidden = o.hidden, .d_model = o.d_model};
+    cleave::DenseFfn ffn;
+    ffn.hidden = o.hidden;
+    ffn.d_model = o.d_model;
     for (auto* matrix : {&ffn.gate, &ffn.up, &ffn.down})
       *matrix = random_values(o.hidden * o.d_model, rng);
     const cleave::ExpertBank bank = cleave::factorize(

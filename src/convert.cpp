@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <optional>
 
 #include "cleave/error.h"
@@ -127,6 +128,19 @@ struct LayerStatistics {
   }
 };
 
+/// Divides each token's norms by their mean: the order of the experts stays, and a token with a
+/// huge output counts no more in the regression than any other. Worth 0.13 to 0.4 nats of KL on
+/// SmolLM2-135M together with the relative error of OutputSample.
+void make_relative(MatrixView<float> norms) {
+  for (std::int64_t t = 0; t < norms.rows; ++t) {
+    float* row = norms.row(t);
+    const double sum = std::accumulate(row, row + norms.cols, 0.0);
+    if (sum <= 0.0) continue;
+    for (std::int64_t e = 0; e < norms.cols; ++e)
+      row[e] = static_cast<float>(row[e] * static_cast<double>(norms.cols) / sum);
+  }
+}
+
 /// Runs the calibration windows through the dense model and collects what the FFNs see. The first
 /// token of a window is left out: it is an attention sink whose size drowns all others.
 std::vector<LayerStatistics> observe_calibration(Model& model, const std::vector<MoeLayer>& layers,
@@ -138,15 +152,16 @@ std::vector<LayerStatistics> observe_calibration(Model& model, const std::vector
   for (const MoeLayer& layer : layers)
     statistics.push_back({RouterFit(D, layer.experts.num_experts()), {}, 0});
 
-  std::vector<float> norms;
+  std::vector<float> buffer;
   ForwardHooks hooks;
   hooks.ffn_input = [&](std::int64_t l, MatrixView<const float> all) {
     const auto input = all.slice_rows(1, all.rows - 1);
     const ExpertBank& bank = layers[l].experts;
-    norms.resize(static_cast<std::size_t>(input.rows * bank.num_experts()));
-    expert_output_norms(bank, input, {norms.data(), input.rows, bank.num_experts()},
-                        model.parallel());
-    statistics[l].fit.observe(input, {norms.data(), input.rows, bank.num_experts()});
+    buffer.resize(static_cast<std::size_t>(input.rows * bank.num_experts()));
+    const MatrixView<float> norms(buffer.data(), input.rows, bank.num_experts());
+    expert_output_norms(bank, input, norms, model.parallel());
+    make_relative(norms);
+    statistics[l].fit.observe(input, norms);
     statistics[l].sample_from(input, expected);
   };
   KvCache cache(model.config(), windows.context);

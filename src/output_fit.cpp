@@ -11,9 +11,9 @@ namespace {
 constexpr std::int64_t kBlockTokens = 64;  // whose expert outputs, E * D floats each, are held
 
 // Temperatures are tried relative to the spread of the selected logits: from weights that are all
-// but equal (2^-5) to all but one-hot (2^3), half an octave apart. Below the range the weights no
+// but equal (2^-6) to all but one-hot (2^3), half an octave apart. Below the range the weights no
 // longer change and the router's logits would only get lost beside those of other layers.
-constexpr double kLeastOctave = -5.0, kMostOctave = 3.0, kOctaveStep = 0.5;
+constexpr double kLeastOctave = -6.0, kMostOctave = 3.0, kOctaveStep = 0.5;
 
 using RowMajorF = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
@@ -60,11 +60,14 @@ void OutputSample::add_block(const ExpertBank& bank, const LinearRouter& router,
     const std::int32_t* ids = selected.ids.data() + t * k_;
     const auto row = [&](std::int64_t k) { return outputs[ids[k]].row(t).cast<double>(); };
     const auto y = dense.row(t).cast<double>();
-    square_ += y.squaredNorm();
+    const double square = y.squaredNorm();
+    if (square <= 0.0) continue;  // a zero output has no relative error
+    ++tokens_;
     for (std::int64_t k = 0; k < k_; ++k) {
       logits_.push_back(logits[t * E + ids[k]]);
-      cross_.push_back(row(k).dot(y));
-      for (std::int64_t other = 0; other < k_; ++other) gram_.push_back(row(k).dot(row(other)));
+      cross_.push_back(row(k).dot(y) / square);
+      for (std::int64_t other = 0; other < k_; ++other)
+        gram_.push_back(row(k).dot(row(other)) / square);
     }
   }
 }
@@ -72,8 +75,7 @@ void OutputSample::add_block(const ExpertBank& bank, const LinearRouter& router,
 OutputSample::Error OutputSample::error_at(GateMode gate, double temperature) const {
   Error error;
   Eigen::VectorXd weights(k_);
-  const std::size_t tokens = cross_.size() / static_cast<std::size_t>(k_);
-  for (std::size_t t = 0; t < tokens; ++t) {
+  for (std::int64_t t = 0; t < tokens_; ++t) {
     weigh(gate, temperature, logits_.data() + t * k_, weights);
     const Eigen::Map<const Eigen::MatrixXd> gram(gram_.data() + t * k_ * k_, k_, k_);
     error.weighted_square += weights.dot(gram * weights);
@@ -93,20 +95,19 @@ OutputFit OutputSample::fit_scale(GateMode gate, double temperature,
     fit.scale = error.weighted_cross / error.weighted_square;
   else  // dead experts, or ones that point away from the dense output: leave the sum as it is
     fit.scale = gate == GateMode::kSoftmax ? static_cast<double>(k_) : 1.0;
-  const double square = fit.scale * fit.scale * error.weighted_square -
-                        2.0 * fit.scale * error.weighted_cross + square_;
-  fit.relative_error = square_ > 0.0 ? std::max(square, 0.0) / square_ : 0.0;
+  const double sum = fit.scale * fit.scale * error.weighted_square -
+                     2.0 * fit.scale * error.weighted_cross + static_cast<double>(tokens_);
+  if (tokens_ > 0) fit.relative_error = std::max(sum, 0.0) / static_cast<double>(tokens_);
   return fit;
 }
 
 double OutputSample::logit_spread() const {
   double sum = 0.0;
-  const std::size_t tokens = logits_.size() / static_cast<std::size_t>(k_);
-  for (std::size_t t = 0; t < tokens; ++t) {
+  for (std::int64_t t = 0; t < tokens_; ++t) {
     const Eigen::Map<const Eigen::ArrayXd> logits(logits_.data() + t * k_, k_);
     sum += (logits - logits.mean()).square().mean();
   }
-  return tokens == 0 ? 0.0 : std::sqrt(sum / static_cast<double>(tokens));
+  return tokens_ == 0 ? 0.0 : std::sqrt(sum / static_cast<double>(tokens_));
 }
 
 OutputFit OutputSample::fit(GateMode gate, std::optional<double> fixed_scale) const {

@@ -14,11 +14,13 @@ namespace cleave {
 struct OutputFit {
   double temperature = 1.0;     ///< multiplies the router; 1 for hard gates
   double scale = 1.0;           ///< MoeLayer::scale
-  double relative_error = 0.0;  ///< mean |MoE - FFN|^2 / mean |FFN|^2 on the sample
+  double relative_error = 0.0;  ///< mean over the sample of |MoE - FFN|^2 / |FFN|^2
 };
 
 /// Which K experts a router picks for each token of a sample, and all inner products that the error
-/// of any weights needs: |s * sum_k w_k o_k - y|^2 = s^2 w'Gw - 2 s w'c + |y|^2.
+/// of any weights needs: |s * sum_k w_k o_k - y|^2 / |y|^2 = s^2 w'Gw - 2 s w'c + 1, with G and c
+/// divided by |y|^2. Relative, because few tokens with huge outputs would otherwise decide alone
+/// (docs/decisions/0004-output-scale.md).
 ///
 /// K * K + 2 * K doubles a token, however wide the model.
 class OutputSample {
@@ -45,7 +47,7 @@ class OutputSample {
   std::vector<double> logits_;  // [T, K], of the selected experts, falling
   std::vector<double> gram_;    // [T, K, K]
   std::vector<double> cross_;   // [T, K]
-  double square_ = 0.0;         // sum over tokens of |y|^2
+  std::int64_t tokens_ = 0;     // T, without those whose y is 0
 };
 
 }  // namespace cleave

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "cleave/error.h"
@@ -146,6 +147,12 @@ TEST(LargeCheckpoint, SmolLm2LooksLikeItsHuggingFaceDirectory) {
   EXPECT_EQ(config.eos_token_ids, std::vector<std::int32_t>{2});
   EXPECT_EQ(config.dtype, DType::kQ4_1);
   EXPECT_EQ(model_cost(config).parameters, 134515008);
+  EXPECT_TRUE(model.has_tokenizer());
+  EXPECT_NE(model.tokenizer_json().find("\"BPE\""), std::string::npos);
+  std::vector<std::string> names;
+  for (const auto& [name, text] : model.companion_files()) names.push_back(name);
+  EXPECT_NE(std::find(names.begin(), names.end(), "tokenizer_config.json"), names.end());
+  EXPECT_NE(std::find(names.begin(), names.end(), "chat_template.jinja"), names.end());
   for (const TensorInfo& info : model.tensors())
     EXPECT_EQ(static_cast<std::int64_t>(model.read(info.name).size()), info.num_elements());
 }

@@ -42,7 +42,7 @@ struct Conversion {
   std::string router;            ///< "zero" (K = E), "ridge" (with calibration) or "random"
   ScalePolicy scale = ScalePolicy::kExperts;  ///< that was applied
   std::int64_t calibration_tokens = 0;        ///< that the statistics were taken from
-  /// [L], mean |MoE(x) - FFN(x)|^2 / mean |FFN(x)|^2 on calibration tokens; empty without any.
+  /// [L], mean of |MoE(x) - FFN(x)|^2 / |FFN(x)|^2 over calibration tokens; empty without any.
   std::vector<double> layer_error;
 };
 

@@ -106,12 +106,12 @@ class Sampler {
 
 struct GenerateSpec {
   std::int64_t max_tokens = 64;
-  SamplingSpec sampling;
+  SamplingSpec sampling{};
   bool ignore_eos = false;
 };
 
-/// Continues `prompt` until `max_tokens` or an end-of-sequence id of the model's configuration; that
-/// id itself is neither returned nor given to `on_token`.
+/// Continues `prompt` until `max_tokens` or an end-of-sequence id of the model's configuration;
+/// that id itself is neither returned nor given to `on_token`.
 /// @param on_token  called with each new id; returning false stops
 /// @throws InvalidArgument  the prompt is empty, or max_tokens < 0
 std::vector<std::int32_t> generate(Model& model, std::span<const std::int32_t> prompt,

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
 
@@ -73,16 +74,35 @@ DenseFfn load_dense(const Loader& load, const ModelConfig& config, std::int64_t 
                   load(mlp + "down_proj.weight", {d, hidden}), config.activation, biases);
 }
 
-/// What was done to the weights when the directory was written; nothing for a stock model.
+/// What was done to a layer's weights when the directory was written; nothing for a stock model.
 struct Folding {
   GateMode gate = GateMode::kSoftmax;
   double scale = 1.0;    ///< `down` was multiplied by it
   double epsilon = 1.0;  ///< the router was
 };
 
-Folding folding_of(const std::optional<Provenance>& provenance) {
-  if (!provenance) return {};
-  return {provenance->gate, provenance->folded_scale, provenance->router_epsilon};
+/// One per layer. The converter may fit the scale layer by layer; it then lists all of them in the
+/// settings of cleave.json, and folded_scale is only the first.
+std::vector<Folding> foldings(const std::optional<Provenance>& provenance, std::int64_t layers,
+                              const std::string& origin) {
+  if (!provenance) return std::vector<Folding>(layers);
+  std::vector<Folding> all(
+      layers, {provenance->gate, provenance->folded_scale, provenance->router_epsilon});
+  const auto settings = nlohmann::json::parse(provenance->spec_json, nullptr, false);
+  if (!settings.is_object() || !settings.contains("layer_folded_scale")) return all;
+  const auto& scales = settings["layer_folded_scale"];
+  const auto positive = [](const nlohmann::json& s) {
+    return s.is_number() && s.get<double>() > 0.0;
+  };
+  if (!scales.is_array() || scales.size() != all.size() ||
+      !std::all_of(scales.begin(), scales.end(), positive)) {
+    throw FileError(fmt::format(
+        "{}: 'layer_folded_scale' in cleave.json is {}; expected {} positive numbers, one a layer; "
+        "convert the dense model again",
+        origin, scales.dump(), layers));
+  }
+  for (std::size_t l = 0; l < all.size(); ++l) all[l].scale = scales[l].get<double>();
+  return all;
 }
 
 MoeFfn load_moe(const Loader& load, const ModelConfig& config, const Folding& folding,
@@ -148,10 +168,12 @@ void add_dense(std::vector<NamedTensor>& all, const DenseFfnImpl& ffn, std::int6
   add_if_defined(all, mlp + "down_proj.bias", ffn.biases.down);
 }
 
-void add_moe(std::vector<NamedTensor>& all, const MoeFfnImpl& moe, double epsilon,
-             std::int64_t index) {
+void add_moe(std::vector<NamedTensor>& all, const MoeFfnImpl& moe, std::int64_t index) {
+  // From the gate as it is now: training may have changed it since the model was read.
+  const bool hard = moe.spec.gate.mode == GateMode::kHard;
   const auto k = static_cast<double>(moe.spec.experts_per_token);
-  const double folded = moe.spec.gate.mode == GateMode::kHard ? moe.spec.scale * k : moe.spec.scale;
+  const double folded = hard ? moe.spec.scale * k : moe.spec.scale;
+  const double epsilon = hard ? kHardGateEpsilon : 1.0;
   all.push_back(named(MixtralNames::router(index), moe.w_router, epsilon));
   for (std::int64_t e = 0; e < moe.spec.num_experts; ++e) {
     all.push_back(named(MixtralNames::gate(index, e), moe.w_gate.select(0, e)));
@@ -173,7 +195,8 @@ std::shared_ptr<TransformerImpl> TransformerImpl::load(const Checkpoint& checkpo
   if (config.is_moe() && checkpoint.format() == Checkpoint::Format::kSafetensors) {
     model->provenance_ = read_provenance(checkpoint.directory());
   }
-  const Folding folding = folding_of(model->provenance_);
+  const std::vector<Folding> folded =
+      foldings(model->provenance_, config.num_layers, checkpoint.path().string());
   const std::int64_t vocab = config.vocab_size, d = config.hidden_size;
   model->embedding_ = load("model.embed_tokens.weight", {vocab, d});
   model->final_norm_ = load("model.norm.weight", {d});
@@ -183,7 +206,7 @@ std::shared_ptr<TransformerImpl> TransformerImpl::load(const Checkpoint& checkpo
     DecoderLayer layer;
     load_attention(load, config, l, layer);
     if (config.is_moe()) {
-      layer.moe = load_moe(load, config, folding, l);
+      layer.moe = load_moe(load, config, folded[l], l);
     } else {
       layer.dense = load_dense(load, config, l);
     }
@@ -226,19 +249,11 @@ std::vector<NamedTensor> TransformerImpl::named_tensors() const {
   if (config_.is_moe() || !config_.tie_word_embeddings) {
     all.push_back(named("lm_head.weight", head_));
   }
-  // The gate in use decides, not the one of the directory: a recipe may have changed it.
-  const auto epsilon = [this](const MoeFfn& moe) {
-    if (moe->spec.gate.mode != GateMode::kHard) return 1.0;
-    const Folding folding = folding_of(provenance_);
-    return folding.gate == GateMode::kHard ? folding.epsilon : kHardGateEpsilon;
-  };
   for (std::size_t l = 0; l < layers_.size(); ++l) {
     const auto index = static_cast<std::int64_t>(l);
     add_attention(all, layers_[l], index);
     if (!layers_[l].dense.is_empty()) add_dense(all, *layers_[l].dense, index);
-    if (!layers_[l].moe.is_empty()) {
-      add_moe(all, *layers_[l].moe, epsilon(layers_[l].moe), index);
-    }
+    if (!layers_[l].moe.is_empty()) add_moe(all, *layers_[l].moe, index);
   }
   return all;
 }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -24,15 +25,20 @@ fs::path dense_dir() {
   return cleave::testing::source_dir() / "tests" / "golden" / "logits" / "llama";
 }
 
-/// Converts the tiny Llama with random routers.
-void convert_to(const fs::path& out, GateMode gate, std::int64_t active) {
-  const Checkpoint source = Checkpoint::open(dense_dir());
+ConvertSpec convert_spec(GateMode gate, std::int64_t active) {
   ConvertSpec spec;
   spec.partition.method = PartitionMethod::kContiguous;
   spec.partition.num_experts = kExperts;
   spec.experts_per_token = active;
   spec.gate = gate;
   spec.threads = 2;
+  return spec;
+}
+
+/// Converts the tiny Llama with random routers.
+void convert_to(const fs::path& out, GateMode gate, std::int64_t active) {
+  const Checkpoint source = Checkpoint::open(dense_dir());
+  const ConvertSpec spec = convert_spec(gate, active);
   write_conversion(out, source, convert(source, spec), spec, "{}", {});
 }
 
@@ -62,6 +68,50 @@ TEST_P(TransformerRoundTrip, LoadedExpertsAreTheDenseSlices) {
     EXPECT_TRUE(at::equal(layer->w_up.reshape({-1, d}), ffn->up));
     EXPECT_TRUE(at::equal(layer->w_down.permute({1, 0, 2}).reshape({d, -1}), ffn->down));
   }
+}
+
+TEST_P(TransformerRoundTrip, EachLayersOwnScaleIsUndone) {
+  const fs::path out = dir_.path() / "moe";
+  const Checkpoint source = Checkpoint::open(dense_dir());
+  ConvertSpec spec = convert_spec(GetParam(), kActive);  // with a text, the scale is fitted
+  TokenWindows text;
+  text.context = 16;
+  for (std::int32_t t = 0; t < 16 * 40; ++t) text.tokens.push_back(t * t % 89);
+  write_conversion(out, source, convert(source, spec, &text), spec, "{}", {});
+  auto dense = TransformerImpl::load(source);
+  auto moe = TransformerImpl::load(Checkpoint::open(out));
+  ASSERT_NE(moe->layers()[0].moe->spec.scale, moe->layers()[1].moe->spec.scale);
+  for (std::size_t l = 0; l < moe->layers().size(); ++l) {
+    const at::Tensor down = moe->layers()[l].moe->w_down.permute({1, 0, 2}).reshape({32, -1});
+    const at::Tensor expected = dense->layers()[l].dense->down;
+    // One rounding when it was folded, one of the float scale, one when it is undone.
+    const at::Tensor bound = 3 * std::numeric_limits<float>::epsilon() * expected.abs();
+    EXPECT_TRUE(((down - expected).abs() <= bound).all().item<bool>()) << "layer " << l;
+  }
+}
+
+TEST_P(TransformerRoundTrip, AChangedGateIsWrittenAsItIs) {
+  // Training may change the gate. Same ids, even weights: hard of scale s is softmax of scale s K
+  // over a router so small that its weights are even.
+  const fs::path first = dir_.path() / "first", second = dir_.path() / "second";
+  convert_to(first, GetParam(), kActive);
+  const Checkpoint source = Checkpoint::open(first);
+  auto model = TransformerImpl::load(source);
+  const GateMode other = GetParam() == GateMode::kHard ? GateMode::kSoftmax : GateMode::kHard;
+  const double factor = other == GateMode::kHard ? 1.0 / kActive : kActive;
+  for (MoeFfn& layer : model->moe_layers()) {
+    layer->spec.gate.mode = other;
+    layer->spec.scale *= factor;
+  }
+  Provenance provenance = *model->provenance();
+  provenance.gate = other;
+  provenance.router_epsilon = other == GateMode::kHard ? kHardGateEpsilon : 1.0;
+  const MixtralShape shape{kExperts, kActive, model->config().intermediate_size};
+  write_mixtral(second, source, shape, model->named_tensors(), provenance, {});
+  auto again = TransformerImpl::load(Checkpoint::open(second));
+  const torch::NoGradGuard no_grad;
+  const at::Tensor tokens = tokens_for(model->config(), 20);
+  EXPECT_TRUE(at::equal(model->forward(tokens), again->forward(tokens)));
 }
 
 TEST_P(TransformerRoundTrip, LoadWriteLoadIsBitwise) {

@@ -30,9 +30,9 @@ class TransformerImpl : public torch::nn::Module {
  public:
   /// Reads every weight as float32 and then converts to `dtype` on `device`. All of them are frozen
   /// at first: the caller sets requires_grad on what is to be trained. A directory written by
-  /// convert carries cleave.json: its folded scale is undone, so that experts are slices of the
-  /// dense FFN again, and with gate = hard its router epsilon too, so that training sees the mask
-  /// and not its approximation.
+  /// convert carries cleave.json: each layer's folded scale is undone, so that experts are slices
+  /// of the dense FFN again, and with gate = hard its router epsilon too, so that training sees the
+  /// mask and not its approximation.
   /// @throws FileError  a tensor is missing or has the wrong shape
   static std::shared_ptr<TransformerImpl> load(const Checkpoint& checkpoint,
                                                at::ScalarType dtype = at::kFloat,
@@ -48,7 +48,8 @@ class TransformerImpl : public torch::nn::Module {
   std::vector<MoeFfn> moe_layers() const;
 
   /// Every weight under its HuggingFace name, as written by write_mixtral: gate scale folded into
-  /// down, hard gates' routers scaled. Loads (copies to CPU float32) lazily, one tensor at a time.
+  /// down, hard gates' routers scaled by kHardGateEpsilon. Loads (copies to CPU float32) lazily,
+  /// one tensor at a time.
   std::vector<NamedTensor> named_tensors() const;
 
  private:
