@@ -24,6 +24,14 @@ std::string first_subcommand(const CLI::App& app, int argc, char** argv) {
   return {};
 }
 
+/// CLI11 calls every configuration file INI and an unknown key unparsable.
+std::string config_problem(const std::string& what) {
+  const std::string unknown = "INI was not able to parse ";
+  if (!what.starts_with(unknown)) return what;
+  return fmt::format("no option is named '{}' (as TABLE.KEY; try --help)",
+                     what.substr(unknown.size()));
+}
+
 int run(int argc, char** argv) {
   CLI::App app{"cleave: split the dense FFNs of a transformer into a Mixture of Experts."};
   app.set_version_flag("--version", std::string("cleave ") + cleave::kVersion);
@@ -51,6 +59,10 @@ int run(int argc, char** argv) {
     app.parse(argc, argv);
   } catch (const CLI::Success& success) {
     return app.exit(success);  // --help, --version
+  } catch (const CLI::RuntimeError& stopped) {
+    return stopped.get_exit_code();  // a command that ended early and has said why
+  } catch (const CLI::ConfigError& error) {
+    return fail(kUsageError, "config file: " + config_problem(error.what()));
   } catch (const CLI::ParseError& error) {
     return fail(kUsageError, fmt::format("{} (try --help)", error.what()));
   }
@@ -62,8 +74,6 @@ int run(int argc, char** argv) {
 int main(int argc, char** argv) {
   try {
     return run(argc, argv);
-  } catch (const CLI::RuntimeError& error) {
-    return error.get_exit_code();
   } catch (const cleave::InvalidArgument& error) {
     return fail(kUsageError, error.what());
   } catch (const std::bad_alloc&) {
