@@ -129,8 +129,8 @@ struct LayerStatistics {
 };
 
 /// Divides each token's norms by their mean: the order of the experts stays, and a token with a
-/// huge output counts no more in the regression than any other. Worth 0.13 to 0.4 nats of KL on
-/// SmolLM2-135M together with the relative error of OutputSample.
+/// huge output counts no more in the regression than any other. Together with the relative error of
+/// OutputSample worth 0.1 (hard gate) to 0.4 (softmax) nats of KL on SmolLM2-135M, fitted scales.
 void make_relative(MatrixView<float> norms) {
   for (std::int64_t t = 0; t < norms.rows; ++t) {
     float* row = norms.row(t);
