@@ -202,13 +202,6 @@ void attach_fitted_routers(const ConvertSpec& spec, std::vector<LayerStatistics>
   }
 }
 
-/// What mixtral_tensors multiplies `down` by: stock weights sum to 1, hard ones to K.
-double folded_scale(const MoeLayer& layer) {
-  const double weights_sum =
-      layer.gate == GateMode::kHard ? static_cast<double>(layer.experts_per_token) : 1.0;
-  return layer.scale * weights_sum;
-}
-
 nlohmann::json settings_of(const std::string& spec_json, const Conversion& conversion) {
   nlohmann::json settings =
       spec_json.empty() ? nlohmann::json::object()

@@ -156,13 +156,6 @@ std::vector<float> scaled_down(const MoeLayer& layer, std::int64_t begin, std::i
   return down;
 }
 
-/// The stock class weighs by softmax over the selected logits, so a hard gate's weight 1 becomes
-/// 1 / K there: `down` makes up for it.
-float folded_scale(const MoeLayer& layer) {
-  return layer.gate == GateMode::kHard ? layer.scale * static_cast<float>(layer.experts_per_token)
-                                       : layer.scale;
-}
-
 std::vector<float> router_weight(const MoeLayer& layer) {
   std::vector<float> weight = layer.router.weight;
   if (layer.gate == GateMode::kHard)
@@ -186,12 +179,19 @@ void add_layer(const MoeLayer& layer, std::int64_t index, std::vector<NamedTenso
                      return rows_of(bank.up, begin, width, D);
                    }});
     out.push_back({MixtralNames::down(index, e), {D, width}, [&layer, begin, width] {
-                     return scaled_down(layer, begin, width, folded_scale(layer));
+                     return scaled_down(layer, begin, width,
+                                        static_cast<float>(folded_scale(layer)));
                    }});
   }
 }
 
 }  // namespace
+
+double folded_scale(const MoeLayer& layer) {
+  const double weights_sum =
+      layer.gate == GateMode::kHard ? static_cast<double>(layer.experts_per_token) : 1.0;
+  return layer.scale * weights_sum;
+}
 
 DType default_write_dtype(const ModelConfig& source, double folded_scale) {
   int exponent = 0;

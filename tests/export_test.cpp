@@ -4,8 +4,6 @@
 
 #include <csignal>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 
 #include <sys/resource.h>
 #include <nlohmann/json.hpp>
@@ -20,11 +18,6 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::int64_t kD = 8, kH = 12, kE = 4, kI = 3, kLayers = 2;
-
-std::string read_all(const fs::path& file) {
-  std::ifstream in(file, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 /// Contiguous experts from the source's own FFN, filled by hand.
 MoeLayer make_layer(const Checkpoint& source, std::int64_t layer, GateMode gate) {
@@ -120,7 +113,8 @@ TEST_F(Export, ShardsHoldTheSameTensors) {
   const Checkpoint moe = Checkpoint::open(out_);
   for (const NamedTensor& tensor : mixtral_tensors(*source_, layers_))
     EXPECT_EQ(moe.read(tensor.name), tensor.load()) << tensor.name;
-  const auto index = nlohmann::json::parse(read_all(out_ / "model.safetensors.index.json"));
+  const auto index =
+      nlohmann::json::parse(testing::read_all(out_ / "model.safetensors.index.json"));
   const std::string first = index["weight_map"]["model.norm.weight"];
   fs::remove(out_ / first);
   EXPECT_THROW(Checkpoint::open(out_), FileError);
@@ -142,8 +136,9 @@ TEST_F(Export, CarriesTokenizerConfigurationAndProvenance) {
   load(DType::kBF16);
   write();
   for (const char* name : {"tokenizer.json", "tokenizer_config.json"})
-    EXPECT_EQ(read_all(out_ / name), read_all(dir_.path() / "dense" / name)) << name;
-  const auto config = nlohmann::json::parse(read_all(out_ / "config.json"));
+    EXPECT_EQ(testing::read_all(out_ / name), testing::read_all(dir_.path() / "dense" / name))
+        << name;
+  const auto config = nlohmann::json::parse(testing::read_all(out_ / "config.json"));
   EXPECT_EQ(config["architectures"][0], "MixtralForCausalLM");
   EXPECT_EQ(config["intermediate_size"], kI);
   EXPECT_EQ(config["tie_word_embeddings"], false);
@@ -153,7 +148,7 @@ TEST_F(Export, CarriesTokenizerConfigurationAndProvenance) {
   EXPECT_EQ(config["rope_parameters"]["rope_theta"], 10000.0);
   EXPECT_EQ(config["eos_token_id"], (std::vector<int>{2, 3}));
   EXPECT_EQ(config["pad_token_id"], 0);
-  const auto generation = nlohmann::json::parse(read_all(out_ / "generation_config.json"));
+  const auto generation = nlohmann::json::parse(testing::read_all(out_ / "generation_config.json"));
   EXPECT_EQ(generation["bos_token_id"], 1);
 
   const auto read = read_provenance(out_);
@@ -163,7 +158,7 @@ TEST_F(Export, CarriesTokenizerConfigurationAndProvenance) {
   EXPECT_EQ(read->gate, provenance_.gate);
   EXPECT_EQ(read->neuron_order, provenance_.neuron_order);
   EXPECT_EQ(read->spec_json, R"({"k":2})");
-  EXPECT_EQ(read_all(out_ / "README.md").rfind("---\nbase_model: \"dense\"\n", 0), 0u);
+  EXPECT_EQ(testing::read_all(out_ / "README.md").rfind("---\nbase_model: \"dense\"\n", 0), 0u);
   EXPECT_EQ(read_provenance(dir_.path() / "dense"), std::nullopt);
   testing::write_text(out_ / "cleave.json", R"({"format_version": 2})");
   EXPECT_THROW(read_provenance(out_), FileError);

@@ -3,8 +3,6 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
-#include <fstream>
-#include <iterator>
 
 #include "cleave/checkpoint.h"
 #include "cleave/error.h"
@@ -19,11 +17,6 @@ namespace {
 namespace fs = std::filesystem;
 
 fs::path golden(const char* name) { return testing::source_dir() / "tests" / "golden" / name; }
-
-std::string read_all(const fs::path& file) {
-  std::ifstream in(file, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 class GgufDamage : public ::testing::Test {
  protected:
@@ -40,7 +33,7 @@ class GgufDamage : public ::testing::Test {
     }
     return "";
   }
-  const std::string whole_ = read_all(golden("gguf_tiny.gguf"));
+  const std::string whole_ = testing::read_all(golden("gguf_tiny.gguf"));
   testing::TempDir dir_;
   const fs::path file_ = dir_.path() / "x.gguf";
 };

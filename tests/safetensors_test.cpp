@@ -2,8 +2,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <fstream>
-#include <iterator>
 #include <limits>
 
 #include "cleave/checkpoint.h"
@@ -16,11 +14,6 @@ namespace cleave {
 namespace {
 
 namespace fs = std::filesystem;
-
-std::string read_all(const fs::path& file) {
-  std::ifstream in(file, std::ios::binary);
-  return {std::istreambuf_iterator<char>(in), {}};
-}
 
 /// A file of this header and so many bytes of data.
 std::string file_of(const std::string& header, std::size_t data_bytes) {
@@ -115,7 +108,7 @@ TEST_F(Safetensors, RefusesEveryKindOfDamageByName) {
 
 TEST_F(Safetensors, AnyTruncationOrFlippedHeaderByteThrowsOrParses) {
   testing::write_tiny_model(dir_.path() / "m");
-  const std::string whole = read_all(dir_.path() / "m" / "model.safetensors");
+  const std::string whole = testing::read_all(dir_.path() / "m" / "model.safetensors");
   std::uint64_t length = 0;
   std::memcpy(&length, whole.data(), sizeof length);
   testing::write_text(file(), whole);
@@ -142,8 +135,8 @@ TEST_F(Safetensors, SameTensorsGiveTheSameBytesInAnyOrder) {
   write_safetensors(dir_.path() / "a", tensors, DType::kF32);
   std::reverse(tensors.begin(), tensors.end());
   write_safetensors(dir_.path() / "b", tensors, DType::kF32);
-  EXPECT_EQ(read_all(dir_.path() / "a"), read_all(dir_.path() / "b"));
-  const std::string bytes = read_all(dir_.path() / "a");
+  EXPECT_EQ(testing::read_all(dir_.path() / "a"), testing::read_all(dir_.path() / "b"));
+  const std::string bytes = testing::read_all(dir_.path() / "a");
   std::uint64_t length = 0;
   std::memcpy(&length, bytes.data(), sizeof length);
   EXPECT_EQ(length % 8, 0u);

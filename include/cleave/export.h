@@ -42,6 +42,10 @@ struct WriteSpec {
   std::int64_t max_shard_bytes = 5'000'000'000;  ///< a tensor is never split
 };
 
+/// What `down` is multiplied by when the layer is written: stock classes weigh by a softmax over
+/// the selected logits, whose weights sum to 1 (a hard gate's sum to K).
+double folded_scale(const MoeLayer& layer);
+
 /// The source's own type where it is F32, F16 or BF16 and `folded_scale` is a power of two (so that
 /// nothing is rounded), else F32.
 DType default_write_dtype(const ModelConfig& source, double folded_scale);

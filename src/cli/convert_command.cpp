@@ -7,7 +7,7 @@
 namespace cleave::cli {
 namespace {
 
-struct Options {
+struct ConvertOptions {
   CommonOptions common;
   std::string model, out;
   std::int64_t experts = 8;
@@ -22,7 +22,7 @@ struct Options {
   bool overwrite = false;
 };
 
-ConvertSpec make_spec(const Options& options) {
+ConvertSpec make_spec(const ConvertOptions& options) {
   constexpr std::pair<const char*, PartitionMethod> kPartitions[] = {
       {"contiguous", PartitionMethod::kContiguous},
       {"random", PartitionMethod::kRandom},
@@ -43,7 +43,7 @@ ConvertSpec make_spec(const Options& options) {
   return spec;
 }
 
-Json settings_json(const Options& options) {
+Json settings_json(const ConvertOptions& options) {
   return {{"command", "convert"},       {"experts", options.experts},
           {"active", options.active},   {"partition", options.partition},
           {"gate", options.gate},       {"calibration_files", options.calibration.size()},
@@ -51,7 +51,7 @@ Json settings_json(const Options& options) {
           {"dtype", options.dtype},     {"seed", options.common.seed}};
 }
 
-void run(const Options& options) {
+void run_convert(const ConvertOptions& options) {
   const auto begin = std::chrono::steady_clock::now();
   // Everything that can be refused is refused before the work starts.
   const ConvertSpec spec = make_spec(options);
@@ -103,7 +103,7 @@ void run(const Options& options) {
 }  // namespace
 
 void add_convert_command(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<ConvertOptions>();
   CLI::App* command = app.add_subcommand(
       "convert", "Split every FFN into experts, attach routers, write a stock Mixtral directory");
   command->add_option("MODEL", options->model, "Dense model: directory or GGUF file")->required();
@@ -144,7 +144,7 @@ void add_convert_command(CLI::App& app) {
   command->add_flag("--overwrite", options->overwrite, "Replace OUT if it exists");
   add_seed_option(*command, options->common, "partition and random routers");
   add_common_options(*command, options->common);
-  command->callback([options] { run(*options); });
+  command->callback([options] { run_convert(*options); });
 }
 
 }  // namespace cleave::cli

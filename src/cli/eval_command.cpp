@@ -7,7 +7,7 @@
 namespace cleave::cli {
 namespace {
 
-struct Options {
+struct EvalOptions {
   CommonOptions common;
   std::string model;
   std::vector<std::string> text;
@@ -36,7 +36,7 @@ Json load_json(const EvalResult& result) {
   return layers;
 }
 
-Json to_json(const Options& options, const Model& model, const EvalResult& result) {
+Json to_json(const EvalOptions& options, const Model& model, const EvalResult& result) {
   const ModelCost cost = model_cost(model.config());
   Json json{{"model", options.model},
             {"text", options.text},
@@ -108,7 +108,7 @@ std::string to_text(const Model& model, const EvalResult& result) {
   return text + load_text(result);
 }
 
-void run(const Options& options) {
+void run_eval(const EvalOptions& options) {
   const Checkpoint checkpoint = Checkpoint::open(options.model);
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(checkpoint);
   const TokenWindows text =
@@ -134,7 +134,7 @@ void run(const Options& options) {
 }  // namespace
 
 void add_eval_command(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<EvalOptions>();
   CLI::App* command = app.add_subcommand(
       "eval", "Quality of a model on a text: perplexity, and KL against a dense model");
   command->add_option("MODEL", options->model, "Model directory or GGUF file")->required();
@@ -148,7 +148,7 @@ void add_eval_command(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
   add_common_options(*command, options->common);
-  command->callback([options] { run(*options); });
+  command->callback([options] { run_eval(*options); });
 }
 
 }  // namespace cleave::cli

@@ -8,7 +8,7 @@
 namespace cleave::cli {
 namespace {
 
-struct Options {
+struct GenerateOptions {
   CommonOptions common;
   std::string model;
   std::string prompt;
@@ -45,7 +45,7 @@ class TextStream {
   std::size_t shown_;
 };
 
-void run(const Options& options) {
+void run_generate(const GenerateOptions& options) {
   if (options.prompt.empty())
     throw InvalidArgument("--prompt: empty; give it at least one character");
   const Checkpoint checkpoint = Checkpoint::open(options.model);
@@ -105,7 +105,7 @@ void run(const Options& options) {
 }  // namespace
 
 void add_generate_command(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<GenerateOptions>();
   CLI::App* command = app.add_subcommand("generate", "Continue a text");
   command->add_option("MODEL", options->model, "Model directory or GGUF file")->required();
   command->add_option("-p,--prompt", options->prompt, "The text to continue")->required();
@@ -124,7 +124,7 @@ void add_generate_command(CLI::App& app) {
                     "Go on after an end-of-sequence token");
   add_seed_option(*command, options->common, "the sampling");
   add_common_options(*command, options->common);
-  command->callback([options] { run(*options); });
+  command->callback([options] { run_generate(*options); });
 }
 
 }  // namespace cleave::cli

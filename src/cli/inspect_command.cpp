@@ -5,7 +5,7 @@
 namespace cleave::cli {
 namespace {
 
-struct Options {
+struct InspectOptions {
   CommonOptions common;
   std::string model;
 };
@@ -41,7 +41,7 @@ Json rope_json(const RopeConfig& rope) {
   return json;
 }
 
-Json to_json(const Options& options, const Checkpoint& checkpoint) {
+Json to_json(const InspectOptions& options, const Checkpoint& checkpoint) {
   const ModelConfig& c = checkpoint.config();
   const ModelCost cost = model_cost(c);
   const double ffn = dense_ffn_weights(c, cost);
@@ -121,7 +121,7 @@ std::string to_text(const Json& j) {
   return text + "\n";
 }
 
-void run(const Options& options) {
+void run_inspect(const InspectOptions& options) {
   const Json json = to_json(options, Checkpoint::open(options.model));
   print_result(options.common, json, options.common.json ? "" : to_text(json));
 }
@@ -129,13 +129,13 @@ void run(const Options& options) {
 }  // namespace
 
 void add_inspect_command(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<InspectOptions>();
   CLI::App* command = app.add_subcommand(
       "inspect", "Family, shapes, what it can become, and how much faster at most");
   command->add_option("MODEL", options->model, "Model directory or GGUF file")->required();
   command->add_flag("--json", options->common.json,
                     "Print one JSON object on stdout and nothing else there");
-  command->callback([options] { run(*options); });
+  command->callback([options] { run_inspect(*options); });
 }
 
 }  // namespace cleave::cli

@@ -5,13 +5,13 @@
 namespace cleave::cli {
 namespace {
 
-struct Options {
+struct LogitsOptions {
   CommonOptions common;
   std::string model;
   std::vector<std::int32_t> tokens;
 };
 
-void run(const Options& options) {
+void run_logits(const LogitsOptions& options) {
   Model model = Model::load(Checkpoint::open(options.model), {.threads = options.common.threads});
   const auto T = static_cast<std::int64_t>(options.tokens.size());
   const std::int64_t D = model.config().hidden_size, V = model.config().vocab_size;
@@ -39,13 +39,13 @@ void run(const Options& options) {
 }  // namespace
 
 void add_logits_command(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<LogitsOptions>();
   CLI::App* command = app.add_subcommand(
       "logits", "Raw logits for a sequence of token ids (to compare with others)");
   command->add_option("MODEL", options->model, "Model directory or GGUF file")->required();
   command->add_option("--tokens", options->tokens, "Token ids: 1,2,3")->required()->delimiter(',');
   add_common_options(*command, options->common);
-  command->callback([options] { run(*options); });
+  command->callback([options] { run_logits(*options); });
 }
 
 }  // namespace cleave::cli

@@ -8,7 +8,7 @@
 namespace cleave::cli {
 namespace {
 
-struct Options {
+struct TokenizeOptions {
   CommonOptions common;
   std::string model, text, text_file;
   bool special = false;
@@ -21,7 +21,7 @@ std::string read_bytes(const std::string& file) {
   return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
 }
 
-void run(const Options& options) {
+void run_tokenize(const TokenizeOptions& options) {
   if (options.text.empty() == options.text_file.empty())
     throw InvalidArgument("tokenize: give exactly one of --text and --text-file");
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(Checkpoint::open(options.model));
@@ -40,14 +40,14 @@ void run(const Options& options) {
 }  // namespace
 
 void add_tokenize_command(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<TokenizeOptions>();
   CLI::App* command = app.add_subcommand("tokenize", "Text to token ids, one a line");
   command->add_option("MODEL", options->model, "Model directory or GGUF file")->required();
   command->add_option("--text", options->text, "The text itself");
   command->add_option("--text-file", options->text_file, "A text file, UTF-8");
   command->add_flag("--special", options->special, "Add the model's special tokens (BOS)");
   add_common_options(*command, options->common);
-  command->callback([options] { run(*options); });
+  command->callback([options] { run_tokenize(*options); });
 }
 
 }  // namespace cleave::cli

@@ -13,7 +13,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-struct Options {
+struct TrainOptions {
   CommonOptions common;
   std::string model, out, teacher;
   std::vector<std::string> data, held_out;
@@ -48,7 +48,7 @@ class InterruptGuard {
   }
 };
 
-void fill_method(const Options& options, train::FactorLlmSpec& method) {
+void fill_method(const TrainOptions& options, train::FactorLlmSpec& method) {
   constexpr std::pair<const char*, train::PaForm> kForms[] = {
       {"router-first", train::PaForm::kRouterFirst},
       {"target-first", train::PaForm::kTargetFirst},
@@ -67,7 +67,7 @@ void fill_method(const Options& options, train::FactorLlmSpec& method) {
   method.gate = parse_name("--gate", options.gate, kGates);
 }
 
-train::TrainSpec make_train_spec(const Options& options) {
+train::TrainSpec make_train_spec(const TrainOptions& options) {
   constexpr std::pair<const char*, at::ScalarType> kPrecisions[] = {{"f32", at::kFloat},
                                                                     {"bf16", at::kBFloat16}};
   constexpr std::pair<const char*, at::DeviceType> kDevices[] = {{"cpu", at::kCPU},
@@ -92,7 +92,7 @@ std::string progress_line(const train::StepReport& r) {
   return line;
 }
 
-Json settings_json(const Options& options) {
+Json settings_json(const TrainOptions& options) {
   return {{"command", "train"},
           {"recipe", options.recipe},
           {"data_files", options.data.size()},
@@ -100,7 +100,7 @@ Json settings_json(const Options& options) {
 }
 
 /// The tuned model as a stock directory; `cleave.json` tells both how it was split and how tuned.
-void write_tuned(const Options& options, const Checkpoint& student, train::TrainResult& result,
+void write_tuned(const TrainOptions& options, const Checkpoint& student, train::TrainResult& result,
                  const Json& settings) {
   Provenance made = result.provenance.value_or(Provenance{});
   // The recipe has recorded its own settings; what the command adds stands beside them.
@@ -132,7 +132,7 @@ Json quality_json(const std::optional<train::HeldOutQuality>& quality) {
   return json;
 }
 
-void run(const Options& options) {
+void run_train(const TrainOptions& options) {
   if (options.recipe != "factorllm")
     throw InvalidArgument("--recipe: unknown value '" + options.recipe + "'; choose factorllm");
   train::FactorLlmSpec method;
@@ -207,7 +207,7 @@ void run(const Options& options) {
                text);
 }
 
-void add_data_options(CLI::App& command, Options& o) {
+void add_data_options(CLI::App& command, TrainOptions& o) {
   command.add_option("MODEL", o.model, "Converted model: a directory that cleave wrote")
       ->required();
   command.add_option("OUT", o.out, "Directory to write")->required();
@@ -230,7 +230,7 @@ void add_data_options(CLI::App& command, Options& o) {
       ->check(CLI::Range(2, 1 << 24));
 }
 
-void add_schedule_options(CLI::App& command, Options& o) {
+void add_schedule_options(CLI::App& command, TrainOptions& o) {
   const auto number = [&](const char* name, auto& value, const char* text) {
     command.add_option(name, value, text)->capture_default_str()->check(CLI::NonNegativeNumber);
   };
@@ -255,7 +255,7 @@ void add_schedule_options(CLI::App& command, Options& o) {
   number("--keep-checkpoints", o.train.keep_checkpoints, "Checkpoints to keep");
 }
 
-void add_method_options(CLI::App& command, Options& o) {
+void add_method_options(CLI::App& command, TrainOptions& o) {
   const auto weight = [&](const char* name, double& value, const char* text) {
     command.add_option(name, value, text)->capture_default_str()->check(CLI::NonNegativeNumber);
   };
@@ -285,7 +285,7 @@ void add_method_options(CLI::App& command, Options& o) {
 }  // namespace
 
 void add_train_command(CLI::App& app) {
-  auto options = std::make_shared<Options>();
+  auto options = std::make_shared<TrainOptions>();
   CLI::App* command =
       app.add_subcommand("train", "Tune the routers and experts of a converted model");
   add_data_options(*command, *options);
@@ -304,7 +304,7 @@ void add_train_command(CLI::App& app) {
                     "Replace OUT and an earlier run if they exist");
   add_seed_option(*command, options->common, "the order of the data");
   add_common_options(*command, options->common);
-  command->callback([options] { run(*options); });
+  command->callback([options] { run_train(*options); });
 }
 
 }  // namespace cleave::cli

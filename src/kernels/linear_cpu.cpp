@@ -12,9 +12,6 @@
 namespace cleave {
 namespace {
 
-// Below so many multiply-adds a thread's share is not worth waking it (a few microseconds).
-constexpr std::int64_t kGrainMacs = 32 * 1024;
-
 void add_bias(std::span<const float> bias, MatrixView<float> y, std::int64_t begin,
               std::int64_t count) {
   if (bias.empty()) return;

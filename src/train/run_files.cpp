@@ -17,6 +17,7 @@
 
 #include "cleave/checkpoint.h"
 #include "cleave/error.h"
+#include "train/named_tensor.h"
 
 namespace cleave::train {
 namespace {
@@ -74,14 +75,6 @@ void make_directories(const fs::path& path) {
   if (error)
     throw FileError(fmt::format("{}: cannot create the folder: {}; check the path and permissions",
                                 path.string(), error.message()));
-}
-
-NamedTensor named(std::string name, const at::Tensor& tensor) {
-  return {std::move(name), tensor.sizes().vec(), [tensor] {
-            const at::Tensor cpu = tensor.detach().to(at::kCPU, at::kFloat).contiguous();
-            const float* data = cpu.data_ptr<float>();
-            return std::vector<float>(data, data + cpu.numel());
-          }};
 }
 
 std::string read_file(const fs::path& path) {

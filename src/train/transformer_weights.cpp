@@ -11,6 +11,7 @@
 
 #include "cleave/error.h"
 #include "cleave/train/transformer.h"
+#include "train/named_tensor.h"
 #include "train/require.h"
 
 namespace cleave::train {
@@ -126,18 +127,6 @@ MoeFfn load_moe(const Loader& load, const ModelConfig& config, const Folding& fo
                 load.stack(num_experts, width, d, 1.0, up),
                 load.stack(num_experts, d, width, folding.scale, down),
                 load.place(router / folding.epsilon));
-}
-
-NamedTensor named(std::string name, const at::Tensor& tensor, double factor = 1.0) {
-  NamedTensor result;
-  result.name = std::move(name);
-  result.shape = tensor.sizes().vec();
-  result.load = [tensor, factor] {
-    const at::Tensor values = (tensor.detach().to(at::kCPU, at::kFloat) * factor).contiguous();
-    const float* data = values.const_data_ptr<float>();
-    return std::vector<float>(data, data + values.numel());
-  };
-  return result;
 }
 
 void add_if_defined(std::vector<NamedTensor>& all, std::string name, const at::Tensor& tensor) {

@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <string>
 
 // Where tests find their files. Nothing here is copied: a file that is absent makes its test skip.
@@ -31,6 +33,11 @@ inline std::filesystem::path tinystories_dir() {
 }
 inline std::filesystem::path demo_llama_dir() {
   return source_dir() / "examples" / "models" / "demo-llama";
+}
+
+inline std::string read_all(const std::filesystem::path& file) {
+  std::ifstream in(file, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
 }
 
 /// A fresh empty directory, removed with the object.
