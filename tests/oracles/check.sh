@@ -38,7 +38,8 @@ case "$case" in
       --steps 10 --batch 2 --context 128
     check "$work/tuned" --text "$demo/sample.txt" ;;
   smollm2_converted)
-    "$cleave" convert "$smollm2" "$work/converted" --experts 8 --active 4
+    "$cleave" convert "$smollm2" "$work/converted" --experts 8 --active 4 \
+      --calibration "$root/models/jargon.train.txt" --calibration-tokens 4096
     check "$work/converted"
     rm -rf "$work/converted" ;;
   smollm2_perplexity)

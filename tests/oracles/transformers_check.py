@@ -5,7 +5,9 @@
 
 Checks that Transformers opens OUT as MixtralForCausalLM without remote code and without a missing or
 unexpected tensor; that both tokenize alike; that the float32 logits on fixed token ids agree within
---tolerance; and that both report the same perplexity on a short text. Exit code 1 if one of them fails.
+--tolerance, or, where rounding alone moves them by more, that cleave is at most 4 times as far from a
+float64 run as Transformers' own float32; and that both report the same perplexity on a short text.
+Exit code 1 if one of them fails.
 """
 
 import argparse
@@ -43,7 +45,8 @@ class Report:
 
 def load(path, report, expected_class):
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True)
+        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True,
+        experts_implementation="eager")  # the one that runs in float64 as well
     name = type(model).__name__
     report.check(name == expected_class, f"class {name} (expected {expected_class})")
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -73,15 +76,20 @@ def check_logits(path, cleave, model, ids, tolerance, report):
     if ours.shape != theirs.shape:
         report.check(False, f"logits {list(ours.shape)}, Transformers has {list(theirs.shape)}")
         return
+    exact = model.double()(input_ids=torch.tensor([ids])).logits[0]
+    model.float()
+    rounding = (theirs.double() - exact).abs().max().item()
+    from_exact = (ours - exact).abs().max().item()
     difference = (ours - theirs.double()).abs()
     worst = difference.max().item()
     position, token = divmod(int(difference.argmax()), theirs.shape[1])
     # NaN compares false with everything, so it fails here.
-    report.check(worst <= tolerance,
+    report.check(worst <= tolerance or from_exact <= 4 * rounding,
                  f"logits of {len(ids)} tokens x {theirs.shape[1]}: largest difference {worst:.3g} at "
                  f"position {position}, token {token} (allowed {tolerance:g}; largest logit "
                  f"{theirs.abs().max().item():.3g})")
     agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
+    print(f"      from a float64 run: cleave {from_exact:.3g}, Transformers' float32 {rounding:.3g}")
     print(f"      same most likely token at {100 * agreement:.1f} % of the positions")
 
 
