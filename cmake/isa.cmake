@@ -11,7 +11,7 @@ function(cleave_add_isa isa)
     EIGEN_MPL2_ONLY EIGEN_DONT_PARALLELIZE)
   cleave_set_warnings(cleave_${isa})
   # GCC 12 takes _mm512_undefined_ps(), which is undefined on purpose, for a mistake (bug 105593).
-  target_compile_options(cleave_${isa} PRIVATE ${ARGN}
+  target_compile_options(cleave_${isa} PRIVATE ${ARGN} -ffp-contract=fast -Wno-psabi
     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized>)
   target_include_directories(cleave_${isa} PRIVATE ${PROJECT_SOURCE_DIR}/src
     ${PROJECT_SOURCE_DIR}/include)

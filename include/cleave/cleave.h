@@ -20,6 +20,7 @@
 #include "cleave/evaluate.h"
 #include "cleave/kernels.h"
 #include "cleave/model.h"
+#include "cleave/packed.h"
 #include "cleave/moe_layer.h"
 // 5 the whole way, and writing
 #include "cleave/convert.h"

@@ -17,6 +17,7 @@ struct ParallelFor {
   void (*run)(void* context, std::int64_t n, std::int64_t grain, void* body_context,
               void (*body)(void* body_context, std::int64_t begin, std::int64_t end)) = nullptr;
   void* context = nullptr;
+  int threads = 1;  ///< how many ranges may run at once; ops cut their work into as many parts
 
   /// `grain`: ranges are not cut smaller than this many items.
   template <typename Body>

@@ -2,6 +2,7 @@
 
 #include "cleave/kernels.h"
 #include "kernels/isa/linear_isa.h"
+#include "kernels/isa/panel_isa.h"
 
 namespace cleave {
 
@@ -9,8 +10,12 @@ namespace cleave {
 /// @throws InvalidArgument  see isa_name()
 const IsaKernels& isa_kernels();
 
+/// The same for packed weights.
+const PanelKernels& panel_kernels();
+
 /// The kernels of a set by its name, or nullptr if this CPU or this build lacks it.
 const IsaKernels* find_isa_kernels(const char* name);
+const PanelKernels* find_panel_kernels(const char* name);
 
 inline ConstMatrix plain(MatrixView<const float> m) {
   return {m.data, m.rows, m.cols, m.row_stride};

@@ -31,7 +31,7 @@ class ThreadPool {
   int threads() const { return static_cast<int>(workers_.size()) + 1; }
   /// Valid while the pool lives. An exception of a body reaches the caller once all ranges are done
   /// (the one of the lowest range, if there are several).
-  ParallelFor parallel_for() { return {&ThreadPool::run, this}; }
+  ParallelFor parallel_for() { return {&ThreadPool::run, this, threads()}; }
 
  private:
   using Body = void (*)(void* body_context, std::int64_t begin, std::int64_t end);

@@ -13,17 +13,6 @@ namespace {
 
 using namespace testing;
 
-constexpr Activation kActivations[] = {Activation::kSilu,     Activation::kGelu,
-                                       Activation::kGeluTanh, Activation::kRelu,
-                                       Activation::kRelu2,    Activation::kIdentity};
-
-void expect_near(const OwnedMatrix& actual, const OwnedMatrix& expected,
-                 const OwnedMatrix& magnitude, double bound) {
-  for (std::size_t i = 0; i < expected.values.size(); ++i)
-    ASSERT_NEAR(actual.values[i], expected.values[i], bound * magnitude.values[i])
-        << "token " << i / expected.cols << " column " << i % expected.cols;
-}
-
 TEST(MoeFfn, MatchesReferenceOnRandomShapes) {
   ThreadPool pool(3);
   for (unsigned seed = 0; seed < 150; ++seed) {
@@ -109,20 +98,6 @@ TEST(MoeFfn, RefusesShapesThatDisagree) {
                InvalidArgument);
   EXPECT_THROW(moe_ffn(bank, random_routing(rng, 2, 2, 1), 1.0f, x.view(), y.view(), {}),
                InvalidArgument);
-}
-
-DenseFfn random_dense(std::mt19937& rng, std::int64_t D, std::int64_t H, bool gated, bool biases,
-                      Activation activation) {
-  DenseFfn ffn;
-  ffn.hidden = H;
-  ffn.d_model = D;
-  ffn.activation = activation;
-  if (gated) ffn.gate = random_values(rng, H * D);
-  ffn.up = random_values(rng, H * D);
-  ffn.down = random_values(rng, H * D);
-  if (biases && gated) ffn.gate_bias = random_values(rng, H);
-  if (biases) ffn.up_bias = random_values(rng, H), ffn.down_bias = random_values(rng, D);
-  return ffn;
 }
 
 TEST(DenseFfn, MatchesReferenceOnRandomShapes) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <limits>
 #include <numeric>
@@ -70,6 +72,34 @@ inline Routing random_routing(std::mt19937& rng, std::int64_t T, std::int64_t E,
 /// GELU, 16 covers the single products between and the few ulp of a vector exp or tanh.
 inline double ffn_bound(std::int64_t D, std::int64_t H) {
   return 1.15 * static_cast<double>(2 * D + H + 16) * kEpsilon;
+}
+
+/// What a sum of n products may be off by, as a multiple of the sum of |terms|.
+inline double sum_bound(std::int64_t n) { return static_cast<double>(n) * kEpsilon; }
+
+inline constexpr Activation kActivations[] = {Activation::kSilu,     Activation::kGelu,
+                                       Activation::kGeluTanh, Activation::kRelu,
+                                       Activation::kRelu2,    Activation::kIdentity};
+
+inline void expect_near(const OwnedMatrix& actual, const OwnedMatrix& expected,
+                 const OwnedMatrix& magnitude, double bound) {
+  for (std::size_t i = 0; i < expected.values.size(); ++i)
+    ASSERT_NEAR(actual.values[i], expected.values[i], bound * magnitude.values[i])
+        << "token " << i / expected.cols << " column " << i % expected.cols;
+}
+
+inline DenseFfn random_dense(std::mt19937& rng, std::int64_t D, std::int64_t H, bool gated, bool biases,
+                      Activation activation) {
+  DenseFfn ffn;
+  ffn.hidden = H;
+  ffn.d_model = D;
+  ffn.activation = activation;
+  if (gated) ffn.gate = random_values(rng, H * D);
+  ffn.up = random_values(rng, H * D);
+  ffn.down = random_values(rng, H * D);
+  if (biases && gated) ffn.gate_bias = random_values(rng, H);
+  if (biases) ffn.up_bias = random_values(rng, H), ffn.down_bias = random_values(rng, D);
+  return ffn;
 }
 
 }  // namespace cleave::testing

@@ -1,0 +1,125 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "cleave/expert.h"
+#include "cleave/kernels.h"
+#include "cleave/routing.h"
+#include "cleave/views.h"
+
+// Weights in the order in which the CPU kernels read them: one stream of whole cache lines, the
+// same for all instruction sets. Packed once, read many times.
+namespace cleave {
+
+/// How packed weights are stored. Inputs, sums and results are float32 with all of them.
+enum class WeightType {
+  kF32,   ///< 4 bytes a weight
+  kBF16,  ///< 2 bytes, rounded to nearest even
+  kF16,   ///< 2 bytes, rounded to nearest even; |w| <= 65504
+  kInt8,  ///< 1 byte, and a scale per row (of down: per hidden neuron)
+  kInt4,  ///< 5 bits: nibbles, and a half scale and minimum per 32 weights (of down: 6 bits, per
+          ///< hidden neuron and 32 outputs)
+};
+/// "f32", "bf16", "f16", "int8", "int4".
+const char* weight_type_name(WeightType type);
+std::optional<WeightType> parse_weight_type(std::string_view name);
+
+/// Memory that an op needs beside its operands. Grows to the largest need, then stays. One per
+/// thread of calls (an op uses it from all threads it runs on, in disjoint parts).
+class Workspace {
+ public:
+  /// At least `bytes`, aligned to 64; contents undefined. Valid until the next call.
+  std::byte* get(std::size_t bytes);
+
+ private:
+  struct Free {
+    void operator()(std::byte* memory) const;
+  };
+  std::unique_ptr<std::byte[], Free> memory_;
+  std::size_t size_ = 0;
+};
+
+/// A linear layer's weight [N, K], packed.
+class PackedLinear {
+ public:
+  PackedLinear() = default;
+  /// @throws InvalidArgument  a weight is not finite, or beyond the range of `type`
+  PackedLinear(MatrixView<const float> weight, WeightType type, const ParallelFor& parallel = {});
+
+  std::int64_t rows() const { return rows_; }  ///< N, outputs
+  std::int64_t cols() const { return cols_; }  ///< K, inputs
+  WeightType type() const { return type_; }
+  std::int64_t bytes() const { return bytes_; }
+  const std::byte* data() const { return data_.get(); }
+  std::int64_t panel_bytes() const { return panel_bytes_; }  ///< of 32 outputs
+  /// The weights of output n, as the kernels see them. out [K], written.
+  void unpack_row(std::int64_t n, float* out) const;
+
+ private:
+  std::int64_t rows_ = 0, cols_ = 0, bytes_ = 0, panel_bytes_ = 0;
+  WeightType type_ = WeightType::kF32;
+  std::shared_ptr<const std::byte[]> data_;
+};
+
+/// The experts of one layer, or a dense FFN (as one expert), packed: an expert is a row of panels of
+/// 16 neurons (32 without a gate), and a panel holds all that its neurons need, so that a thread
+/// reads one stream. Copies share the weights.
+class PackedExperts {
+ public:
+  PackedExperts() = default;
+  /// @throws InvalidArgument  a weight is not finite, or beyond the range of `type`
+  PackedExperts(const ExpertBank& bank, WeightType type, const ParallelFor& parallel = {});
+  /// A dense FFN: one expert, which dense_ffn() runs for all tokens.
+  PackedExperts(const FfnView& ffn, WeightType type, const ParallelFor& parallel = {});
+
+  std::int64_t num_experts() const { return static_cast<std::int64_t>(widths_.size()); }
+  std::int64_t d_model() const { return d_model_; }
+  std::int64_t width(std::int64_t e) const { return widths_[e]; }  ///< neurons of expert e
+  bool gated() const { return gated_; }
+  Activation activation() const { return activation_; }
+  WeightType type() const { return type_; }
+  std::int64_t bytes() const { return panel_begin_.empty() ? 0 : panel_begin_.back() * panel_bytes_; }
+  std::span<const float> down_bias() const { return down_bias_; }  ///< [D], or empty
+
+  /// The weights as the kernels see them, neurons in packed order. Exact for kF32.
+  ExpertBank unpack() const;
+
+  // What the kernels read.
+  std::int64_t panel_neurons() const { return gated_ ? 16 : 32; }
+  std::int64_t panel_bytes() const { return panel_bytes_; }
+  std::int64_t panel_begin(std::int64_t e) const { return panel_begin_[e]; }
+  const std::byte* panel(std::int64_t p) const { return data_.get() + p * panel_bytes_; }
+  /// [32] per panel, in its lanes' order, or empty.
+  std::span<const float> lane_bias() const { return lane_bias_; }
+
+ private:
+  std::int64_t d_model_ = 0, panel_bytes_ = 0;
+  bool gated_ = true;
+  Activation activation_ = Activation::kSilu;
+  WeightType type_ = WeightType::kF32;
+  std::vector<std::int64_t> widths_;             // [E]
+  std::vector<std::int64_t> panel_begin_;        // [E + 1]
+  std::vector<float> lane_bias_, down_bias_;
+  std::shared_ptr<const std::byte[]> data_;
+};
+
+/// y = x W^T + bias, or y += it.  x [T, K]   y [T, N]   bias [N] or empty.
+/// @throws InvalidArgument  shapes disagree
+void linear(const PackedLinear& weight, MatrixView<const float> x, std::span<const float> bias,
+            MatrixView<float> y, bool add, Workspace& workspace, const ParallelFor& parallel);
+
+/// As moe_ffn() on what `experts.unpack()` returns. Deterministic for a fixed number of threads.
+void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
+             MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
+             const ParallelFor& parallel);
+
+/// y[t] += dense FFN(x[t]), output bias included; `ffn` holds one expert.
+void dense_ffn(const PackedExperts& ffn, MatrixView<const float> x, MatrixView<float> y,
+               Workspace& workspace, const ParallelFor& parallel);
+
+}  // namespace cleave

@@ -1,0 +1,208 @@
+#include "cleave/packed.h"
+
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "cleave/error.h"
+#include "kernels/dispatch.h"
+#include "kernels/packed_format.h"
+#include "random_ffn.h"
+#include "support/thread_pool.h"
+
+namespace cleave {
+namespace {
+
+using namespace testing;
+
+constexpr WeightType kTypes[] = {WeightType::kF32, WeightType::kBF16, WeightType::kF16,
+                                 WeightType::kInt8, WeightType::kInt4};
+TEST(PackedLinear, MatchesReferenceOnRandomShapes) {
+  ThreadPool pool(3);
+  Workspace workspace;
+  for (unsigned seed = 0; seed < 200; ++seed) {
+    std::mt19937 rng(seed);
+    const std::int64_t T = pick(rng, 0, seed % 8 == 0 ? 130 : 30), K = pick(rng, 1, 130);
+    const std::int64_t N = pick(rng, 1, 130);
+    const WeightType type = kTypes[seed % 5];
+    SCOPED_TRACE(fmt::format("seed={} T={} K={} N={} {}", seed, T, K, N, weight_type_name(type)));
+    const OwnedMatrix w = random_matrix(rng, N, K), x = random_matrix(rng, T, K);
+    const OwnedMatrix bias = random_matrix(rng, 1, N);
+    const std::span<const float> b = seed % 3 == 0 ? std::span<const float>(bias.values)
+                                                   : std::span<const float>();
+    const PackedLinear packed(w.view(), type);
+    OwnedMatrix seen{N, K, std::vector<float>(N * K)};
+    for (std::int64_t n = 0; n < N; ++n) packed.unpack_row(n, seen.values.data() + n * K);
+    const OwnedMatrix start = random_matrix(rng, T, N);
+    OwnedMatrix actual = start, expected = start, magnitude = start;
+    linear_reference(x.view(), seen.view(), b, expected.view(), magnitude.view());
+    const bool add = seed % 2 == 0;
+    for (std::size_t i = 0; add && i < expected.values.size(); ++i) {
+      expected.values[i] += start.values[i];
+      magnitude.values[i] += std::abs(start.values[i]);
+    }
+    linear(packed, x.view(), b, actual.view(), add, workspace,
+           seed % 4 == 0 ? ParallelFor() : pool.parallel_for());
+    expect_near(actual, expected, magnitude, sum_bound(K + 2));
+  }
+}
+
+// What a type may lose: a bound on |packed - exact| per weight, from its definition.
+TEST(PackedLinear, LosesNoMoreThanItsTypeSays) {
+  std::mt19937 rng(1);
+  const std::int64_t N = 70, K = 100;
+  const OwnedMatrix w = random_matrix(rng, N, K);
+  for (const WeightType type : kTypes) {
+    const PackedLinear packed(w.view(), type);
+    std::vector<float> row(K);
+    for (std::int64_t n = 0; n < N; ++n) {
+      packed.unpack_row(n, row.data());
+      float largest = 0.0f;
+      for (std::int64_t k = 0; k < K; ++k) largest = std::max(largest, std::abs(w.view()(n, k)));
+      for (std::int64_t k = 0; k < K; ++k) {
+        const float exact = w.view()(n, k);
+        const double allowed = type == WeightType::kF32    ? 0.0
+                               : type == WeightType::kBF16 ? std::abs(exact) * 0x1p-8
+                               : type == WeightType::kF16  ? std::abs(exact) * 0x1p-11 + 0x1p-24
+                               : type == WeightType::kInt8 ? largest / 127 * 0.5001
+                                                           : 2 * largest / 15 * 0.51;
+        ASSERT_NEAR(row[k], exact, allowed) << weight_type_name(type) << " row " << n;
+      }
+    }
+  }
+}
+
+TEST(PackedLinear, RefusesWeightsItCannotHold) {
+  std::vector<float> w(64, 1.0f);
+  w[5] = 1e5f;
+  EXPECT_THROW(PackedLinear({w.data(), 2, 32}, WeightType::kF16), InvalidArgument);
+  w[5] = std::nanf("");
+  EXPECT_THROW(PackedLinear({w.data(), 2, 32}, WeightType::kF32), InvalidArgument);
+}
+
+TEST(PackedExperts, FloatsUnpackToTheSameBits) {
+  for (const bool gated : {true, false}) {
+    std::mt19937 rng(3);
+    ExpertBank bank = random_bank(rng, 37, 90, 5, gated, true, Activation::kSilu);
+    const ExpertBank back = PackedExperts(bank, WeightType::kF32).unpack();
+    EXPECT_EQ(back.begin, bank.begin);
+    EXPECT_EQ(back.gate, bank.gate);
+    EXPECT_EQ(back.up, bank.up);
+    EXPECT_EQ(back.down_t, bank.down_t);
+    EXPECT_EQ(back.gate_bias, bank.gate_bias);
+    EXPECT_EQ(back.up_bias, bank.up_bias);
+  }
+}
+
+TEST(PackedMoeFfn, MatchesReferenceOnRandomShapes) {
+  ThreadPool pool(3);
+  Workspace workspace;
+  for (unsigned seed = 0; seed < 300; ++seed) {
+    std::mt19937 rng(seed);
+    const std::int64_t T = pick(rng, 0, seed % 6 == 0 ? 300 : 70), D = pick(rng, 1, 130);
+    const std::int64_t E = pick(rng, 1, seed % 5 == 0 ? 64 : 8), K = pick(rng, 1, E);
+    const std::int64_t H = pick(rng, E, E + 260);
+    const Activation activation = kActivations[seed % 6];
+    const WeightType type = kTypes[seed % 5];
+    SCOPED_TRACE(fmt::format("seed={} T={} D={} H={} E={} K={} {} {}", seed, T, D, H, E, K,
+                             activation_name(activation), weight_type_name(type)));
+    const ExpertBank bank = random_bank(rng, D, H, E, seed % 2 == 0, seed % 3 == 0, activation);
+    const PackedExperts packed(bank, type, pool.parallel_for());
+    const Routing routing = random_routing(rng, T, E, K);
+    const OwnedMatrix x = random_matrix(rng, T, D);
+    OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
+    moe_ffn_reference(packed.unpack(), routing, 1.5f, x.view(), expected.view(), magnitude.view());
+    const ParallelFor parallel = seed % 4 == 0 ? ParallelFor() : pool.parallel_for();
+    OwnedMatrix again = actual;
+    moe_ffn(packed, routing, 1.5f, x.view(), actual.view(), workspace, parallel);
+    expect_near(actual, expected, magnitude, ffn_bound(D, H));
+    moe_ffn(packed, routing, 1.5f, x.view(), again.view(), workspace, parallel);
+    ASSERT_EQ(actual.values, again.values) << "not deterministic";
+  }
+}
+
+TEST(PackedMoeFfn, AllExpertsEqualTheDenseFfn) {
+  ThreadPool pool(2);
+  Workspace workspace;
+  std::mt19937 rng(7);
+  const std::int64_t T = 33, D = 50, H = 96;
+  const DenseFfn dense = random_dense(rng, D, H, true, true, Activation::kSilu);
+  const PackedExperts one(dense.view(), WeightType::kF32);
+  const OwnedMatrix x = random_matrix(rng, T, D);
+  OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
+  dense_ffn_reference(dense.view(), x.view(), expected.view(), magnitude.view());
+  dense_ffn(one, x.view(), actual.view(), workspace, pool.parallel_for());
+  expect_near(actual, expected, magnitude, ffn_bound(D, H));
+}
+
+// Half of the tokens on one expert, the others empty: poison in the empty ones must not be read,
+// and every way of cutting the work must see the same rows.
+TEST(PackedMoeFfn, SkewedRoutingAndEmptyExperts) {
+  Workspace workspace;
+  for (const int threads : {1, 2, 5})
+    for (const std::int64_t T : {1, 7, 40, 500}) {
+      ThreadPool pool(threads);
+      std::mt19937 rng(static_cast<unsigned>(T));
+      const ExpertBank bank = random_bank(rng, 40, 160, 4, true, false, Activation::kSilu);
+      const PackedExperts packed(bank, WeightType::kF32);
+      Routing routing{T, 1, std::vector<std::int32_t>(T, 1), std::vector<float>(T, 0.5f)};
+      for (std::int64_t t = 0; t < T / 2; ++t) routing.ids[t] = 2;
+      const OwnedMatrix x = random_matrix(rng, T, 40);
+      OwnedMatrix actual = random_matrix(rng, T, 40), expected = actual, magnitude = actual;
+      moe_ffn_reference(bank, routing, 1.0f, x.view(), expected.view(), magnitude.view());
+      moe_ffn(packed, routing, 1.0f, x.view(), actual.view(), workspace, pool.parallel_for());
+      expect_near(actual, expected, magnitude, ffn_bound(40, 160));
+    }
+}
+
+// Every instruction set that this machine has, against plain loops; all formats, all row counts.
+TEST(PanelKernels, EveryInstructionSetMultipliesAlike) {
+  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+    const PanelKernels* kernels = find_panel_kernels(isa);
+    if (kernels == nullptr) continue;
+    for (int f = 0; f < kNumPanelFormats; ++f)
+      for (const std::int64_t steps : {1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 97}) {
+        const auto format = static_cast<PanelFormat>(f);
+        std::mt19937 rng(static_cast<unsigned>(f * 1000 + steps));
+        SCOPED_TRACE(fmt::format("{} format={} steps={}", isa, f, steps));
+        const OwnedMatrix w = random_matrix(rng, steps, kPanelWidth);
+        std::vector<float> scales(steps);
+        for (std::int64_t s = 0; s < steps; ++s)
+          for (std::int64_t i = 0; i < kPanelWidth; ++i)
+            scales[s] = std::max(scales[s], std::abs(w.values[s * kPanelWidth + i]) / 127.0f);
+        std::vector<std::byte> panel(panel_bytes(format, steps) + 64);
+        encode_panel(format, w.values, panel.data(), scales.data());
+        std::vector<float> seen(steps * kPanelWidth);
+        kernels->unpack[f](panel.data(), steps, seen.data());
+        const OwnedMatrix x = random_matrix(rng, kMaxPanelRows, steps);
+        for (int k = 0; k < kNumPanelRows; ++k) {
+          if (kernels->multiply[f][k] == nullptr) continue;
+          const OwnedMatrix start = random_matrix(rng, kMaxPanelRows, kPanelWidth);
+          OwnedMatrix y = start;
+          const float* rows[kMaxPanelRows];
+          float* out[kMaxPanelRows];
+          for (int r = 0; r < kMaxPanelRows; ++r) {
+            rows[r] = x.values.data() + r * steps;
+            out[r] = y.values.data() + r * kPanelWidth;
+          }
+          kernels->multiply[f][k]({panel.data(), steps, 1, 0, rows, out, true, nullptr});
+          for (int r = 0; r < kMaxPanelRows; ++r)
+            for (std::int64_t i = 0; i < kPanelWidth; ++i) {
+              double sum = start.values[r * kPanelWidth + i], size = std::abs(sum);
+              for (std::int64_t s = 0; r < kPanelRows[k] && s < steps; ++s) {
+                const double term =
+                    static_cast<double>(rows[r][s]) * seen[s * kPanelWidth + i];
+                sum += term;
+                size += std::abs(term);
+              }
+              ASSERT_NEAR(y.values[r * kPanelWidth + i], sum, sum_bound(steps + 2) * size)
+                  << "rows " << kPanelRows[k] << " row " << r << " lane " << i;
+            }
+        }
+      }
+  }
+}
+
+}  // namespace
+}  // namespace cleave
