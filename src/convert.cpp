@@ -249,7 +249,7 @@ Conversion convert(const Checkpoint& source, const ConvertSpec& spec,
   Model model = Model::load(source, {.threads = spec.threads});
   conversion.layers = split_layers(
       source.config(), spec, model.parallel(), model.threads(), progress,
-      [&](std::int64_t l) { return split_ffn(model.dense_ffn(l), spec.partition, l); });
+      [&](std::int64_t l) { return split_ffn(model.dense_ffn(l).view(), spec.partition, l); });
   auto statistics = observe_calibration(model, conversion.layers, *calibration, progress);
   attach_fitted_routers(spec, statistics, model.parallel(), progress, conversion);
   return conversion;

@@ -14,19 +14,33 @@ namespace {
 
 class Loader {
  public:
-  explicit Loader(const Checkpoint& checkpoint) : source_(checkpoint), c_(checkpoint.config()) {}
+  Loader(const Checkpoint& checkpoint, WeightType type, const ParallelFor& parallel)
+      : source_(checkpoint), c_(checkpoint.config()), type_(type), parallel_(parallel) {}
 
   DecoderWeights load() const {
     check_decoder_tensors(c_, source_.tensors(), source_.path().string());
     DecoderWeights weights;
-    weights.embedding = source_.read("model.embed_tokens.weight");
+    weights.embedding = linear("model.embed_tokens.weight", vocabulary_type());
     for (std::int64_t l = 0; l < c_.num_layers; ++l) weights.layers.push_back(layer(l));
     weights.final_norm = source_.read("model.norm.weight");
-    if (!c_.tie_word_embeddings) weights.head = source_.read("lm_head.weight");
+    weights.head =
+        c_.tie_word_embeddings ? weights.embedding : linear("lm_head.weight", vocabulary_type());
     return weights;
   }
 
  private:
+  // A token has one row of the vocabulary's matrices to itself, and no other weight repairs it:
+  // 4 bits cost more there than they save.
+  WeightType vocabulary_type() const {
+    return type_ == WeightType::kInt4 ? WeightType::kInt8 : type_;
+  }
+
+  PackedLinear linear(const std::string& name, WeightType type) const {
+    const std::vector<float> weight = source_.read(name);
+    const auto& shape = source_.info(name).shape;
+    return PackedLinear({weight.data(), shape[0], shape[1]}, type, parallel_);
+  }
+
   LayerWeights layer(std::int64_t l) const {
     const std::string prefix = fmt::format("model.layers.{}.", l);
     const std::string attention = prefix + "self_attn.";
@@ -34,16 +48,19 @@ class Loader {
     w.input_norm = source_.read(prefix + "input_layernorm.weight");
     w.post_norm = source_.read(prefix + "post_attention_layernorm.weight");
     // One matrix: q, k and v are products of the same input.
+    std::vector<float> qkv;
     for (const char* name : {"q_proj", "k_proj", "v_proj"}) {
-      append(attention + name + ".weight", w.qkv);
+      append(attention + name + ".weight", qkv);
       if (c_.attention_bias) append(attention + name + ".bias", w.qkv_bias);
     }
-    w.output = source_.read(attention + "o_proj.weight");
+    const auto rows = static_cast<std::int64_t>(qkv.size()) / c_.hidden_size;
+    w.qkv = PackedLinear({qkv.data(), rows, c_.hidden_size}, type_, parallel_);
+    w.output = linear(attention + "o_proj.weight", type_);
     if (c_.attention_bias) w.output_bias = source_.read(attention + "o_proj.bias");
     if (c_.is_moe())
-      w.ffn = moe_layer(l);
+      w.ffn = pack(moe_layer(l), type_, parallel_);
     else
-      w.ffn = dense_ffn(prefix + "mlp.");
+      w.ffn = PackedExperts(dense_ffn(prefix + "mlp.").view(), type_, parallel_);
     return w;
   }
 
@@ -97,10 +114,21 @@ class Loader {
 
   const Checkpoint& source_;
   const ModelConfig& c_;
+  WeightType type_;
+  const ParallelFor& parallel_;
 };
 
 }  // namespace
 
-DecoderWeights load_decoder(const Checkpoint& checkpoint) { return Loader(checkpoint).load(); }
+PackedMoe pack(const MoeLayer& layer, WeightType type, const ParallelFor& parallel) {
+  return {PackedExperts(layer.experts, type, parallel),
+          PackedLinear(layer.router.view(), WeightType::kF32, parallel), layer.experts_per_token,
+          layer.gate, layer.scale};
+}
+
+DecoderWeights load_decoder(const Checkpoint& checkpoint, WeightType type,
+                            const ParallelFor& parallel) {
+  return Loader(checkpoint, type, parallel).load();
+}
 
 }  // namespace cleave

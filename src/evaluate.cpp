@@ -89,7 +89,7 @@ class LoadCounter {
  public:
   explicit LoadCounter(const Model& model) : counts_(model.config().num_layers) {
     for (std::int64_t l = 0; l < model.config().num_layers; ++l)
-      if (const MoeLayer* moe = model.moe(l)) counts_[l].assign(moe->experts.num_experts(), 0);
+      counts_[l].assign(model.num_experts(l), 0);
   }
   ForwardHooks hooks() {
     ForwardHooks hooks;

@@ -8,7 +8,6 @@
 #include "decoder_weights.h"
 #include "fail.h"
 #include "kernels/dispatch.h"
-#include "kernels/product.h"
 #include "support/buffer.h"
 #include "support/thread_pool.h"
 
@@ -32,7 +31,8 @@ struct Model::Impl {
       : config(checkpoint.config()),
         pool(spec.threads),
         rope(config.rope, config.head_dim),
-        weights(load_decoder(checkpoint)) {}
+        type(spec.weights),
+        weights(load_decoder(checkpoint, spec.weights, pool.parallel_for())) {}
 
   std::int64_t query_width() const { return config.num_heads * config.head_dim; }
   std::int64_t kv_width() const { return config.num_kv_heads * config.head_dim; }
@@ -49,6 +49,8 @@ struct Model::Impl {
   /// x += attention(normed), and the layer's part of the cache is filled.
   void attend(const LayerWeights& w, MatrixView<const float> normed, std::int64_t position,
               std::vector<float>& keys, std::vector<float>& values, MatrixView<float> x);
+  /// x += the layer's experts on `normed`; `routing` tells which.
+  void run_experts(const PackedMoe& moe, MatrixView<const float> normed, MatrixView<float> x);
   /// Rotates and scales q in place; rotates k and moves k and v into the cache.
   void rotate_and_store(MatrixView<float> qkv, std::int64_t position, MatrixView<float> keys,
                         MatrixView<float> values);
@@ -62,7 +64,10 @@ struct Model::Impl {
   ModelConfig config;
   ThreadPool pool;
   Rope rope;
+  WeightType type;
   DecoderWeights weights;
+  Workspace workspace;
+  Routing routing;  // of the layer that ran last
 };
 
 void Model::Impl::rotate_and_store(MatrixView<float> qkv, std::int64_t position,
@@ -88,17 +93,30 @@ void Model::Impl::rotate_and_store(MatrixView<float> qkv, std::int64_t position,
 void Model::Impl::attend(const LayerWeights& w, MatrixView<const float> normed,
                          std::int64_t position, std::vector<float>& keys,
                          std::vector<float>& values, MatrixView<float> x) {
-  const std::int64_t T = x.rows, D = x.cols, width = query_width() + 2 * kv_width();
+  const std::int64_t T = x.rows, width = query_width() + 2 * kv_width();
   Buffer qkv_room(T * width), context_room(T * query_width());
   const MatrixView<float> qkv(qkv_room.data(), T, width);
   const MatrixView<float> context(context_room.data(), T, query_width());
-  linear(normed, {w.qkv.data(), width, D}, w.qkv_bias, qkv, pool.parallel_for());
+  linear(w.qkv, normed, w.qkv_bias, qkv, /*add=*/false, workspace, pool.parallel_for());
   const MatrixView<float> k(keys.data(), position + T, kv_width());
   const MatrixView<float> v(values.data(), position + T, kv_width());
   rotate_and_store(qkv, position, k, v);
   attention({config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window},
             {qkv.data, T, query_width(), width}, k, v, context, pool.parallel_for());
-  linear_add(context, {w.output.data(), D, query_width()}, w.output_bias, x, pool.parallel_for());
+  linear(w.output, context, w.output_bias, x, /*add=*/true, workspace, pool.parallel_for());
+}
+
+void Model::Impl::run_experts(const PackedMoe& moe, MatrixView<const float> normed,
+                              MatrixView<float> x) {
+  const std::int64_t E = moe.experts.num_experts();
+  Buffer logits_room(x.rows * E);
+  const MatrixView<float> logits(logits_room.data(), x.rows, E);
+  linear(moe.router, normed, {}, logits, /*add=*/false, workspace, pool.parallel_for());
+  route(logits, moe.experts_per_token, moe.gate, routing);
+  moe_ffn(moe.experts, routing, moe.scale, normed, x, workspace, pool.parallel_for());
+  if (moe.experts.down_bias().empty()) return;
+  for (std::int64_t t = 0; t < x.rows; ++t)
+    isa_kernels().add(moe.experts.down_bias().data(), x.row(t), x.cols);
 }
 
 Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -141,20 +159,18 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
 
   Buffer x_room(T * D), normed_room(T * D);
   const MatrixView<float> x(x_room.data(), T, D), normed(normed_room.data(), T, D);
-  for (std::int64_t t = 0; t < T; ++t)
-    std::copy_n(impl_->weights.embedding.data() + tokens[t] * D, D, x.row(t));
+  for (std::int64_t t = 0; t < T; ++t) impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
   for (std::int64_t l = 0; l < c.num_layers; ++l) {
     const LayerWeights& w = impl_->weights.layers[l];
     impl_->norm(x, w.input_norm, normed);
     impl_->attend(w, normed, position, cache.keys_[l], cache.values_[l], x);
     impl_->norm(x, w.post_norm, normed);
     if (hooks.ffn_input) hooks.ffn_input(l, normed);
-    if (const auto* dense = std::get_if<DenseFfn>(&w.ffn)) {
-      cleave::dense_ffn(dense->view(), normed, x, parallel());
+    if (const auto* dense = std::get_if<PackedExperts>(&w.ffn)) {
+      cleave::dense_ffn(*dense, normed, x, impl_->workspace, parallel());
     } else {
-      Routing routing;
-      std::get<MoeLayer>(w.ffn).forward(normed, x, parallel(), &routing);
-      if (hooks.routing) hooks.routing(l, routing);
+      impl_->run_experts(std::get<PackedMoe>(w.ffn), normed, x);
+      if (hooks.routing) hooks.routing(l, impl_->routing);
     }
   }
   impl_->norm(x, impl_->weights.final_norm, hidden);
@@ -167,28 +183,54 @@ void Model::logits(MatrixView<const float> hidden, MatrixView<float> out) {
     fail_argument(
         "Model::logits: hidden is [{}, {}] and out [{}, {}]; expected [T, {}] and [T, {}]",
         hidden.rows, hidden.cols, out.rows, out.cols, c.hidden_size, c.vocab_size);
-  const std::vector<float>& head =
-      impl_->weights.head.empty() ? impl_->weights.embedding : impl_->weights.head;
-  linear(hidden, {head.data(), c.vocab_size, c.hidden_size}, {}, out, parallel());
+  linear(impl_->weights.head, hidden, {}, out, /*add=*/false, impl_->workspace, parallel());
 }
 
-FfnView Model::dense_ffn(std::int64_t layer) const {
-  const auto* dense = std::get_if<DenseFfn>(&impl_->layer("Model::dense_ffn", layer).ffn);
-  if (dense == nullptr)
-    fail_argument("Model::dense_ffn: layer {} holds experts; ask moe() for them", layer);
-  return dense->view();
+DenseFfn Model::dense_ffn(std::int64_t layer) const {
+  const auto* dense = std::get_if<PackedExperts>(&impl_->layer("Model::dense_ffn", layer).ffn);
+  if (dense == nullptr) fail_argument("Model::dense_ffn: layer {} holds experts", layer);
+  ExpertBank bank = dense->unpack();
+  DenseFfn ffn;
+  ffn.hidden = bank.dense_hidden;
+  ffn.d_model = bank.d_model;
+  ffn.gate = std::move(bank.gate);
+  ffn.up = std::move(bank.up);
+  const std::int64_t H = ffn.hidden, D = ffn.d_model;
+  ffn.down.resize(D * H);
+  for (std::int64_t j = 0; j < H; ++j)
+    for (std::int64_t c = 0; c < D; ++c) ffn.down[c * H + j] = bank.down_t[j * D + c];
+  ffn.gate_bias = std::move(bank.gate_bias);
+  ffn.up_bias = std::move(bank.up_bias);
+  ffn.down_bias = std::move(bank.down_bias);
+  ffn.activation = bank.activation;
+  return ffn;
 }
 
-const MoeLayer* Model::moe(std::int64_t layer) const {
-  return std::get_if<MoeLayer>(&impl_->layer("Model::moe", layer).ffn);
+std::int64_t Model::num_experts(std::int64_t layer) const {
+  const auto* moe = std::get_if<PackedMoe>(&impl_->layer("Model::num_experts", layer).ffn);
+  return moe != nullptr ? moe->experts.num_experts() : 0;
 }
 
-void Model::set_moe(std::int64_t layer, MoeLayer moe) {
+std::int64_t Model::weight_bytes() const {
+  const DecoderWeights& w = impl_->weights;
+  std::int64_t bytes = w.embedding.bytes();
+  if (w.head.data() != w.embedding.data()) bytes += w.head.bytes();
+  for (const LayerWeights& layer : w.layers) {
+    bytes += layer.qkv.bytes() + layer.output.bytes();
+    if (const auto* moe = std::get_if<PackedMoe>(&layer.ffn))
+      bytes += moe->experts.bytes() + moe->router.bytes();
+    else
+      bytes += std::get<PackedExperts>(layer.ffn).bytes();
+  }
+  return bytes;
+}
+
+void Model::set_moe(std::int64_t layer, const MoeLayer& moe) {
   impl_->layer("Model::set_moe", layer);
   if (moe.experts.d_model != impl_->config.hidden_size)
     fail_argument("Model::set_moe: the experts have width D = {}, the model {}",
                   moe.experts.d_model, impl_->config.hidden_size);
-  impl_->weights.layers[layer].ffn = std::move(moe);
+  impl_->weights.layers[layer].ffn = pack(moe, impl_->type, parallel());
 }
 
 }  // namespace cleave

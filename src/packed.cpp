@@ -52,8 +52,11 @@ void rows_to_lanes(MatrixView<const float> weight, std::int64_t begin, std::int6
 
 struct Source {
   ExpertView expert;
-  const float* down = nullptr;        // element [neuron, output] is down[neuron * n + output * o]
+  const float* down = nullptr;
   std::int64_t neuron_stride = 0, output_stride = 1;
+  float down_at(std::int64_t neuron, std::int64_t output) const {
+    return down[neuron * neuron_stride + output * output_stride];
+  }
 };
 
 /// One expert panel: neurons [begin, begin + count) of an expert.
@@ -63,41 +66,56 @@ class PanelWriter {
       : layout_(type, gated, d_model), d_model_(d_model) {}
 
   void write(const Source& source, std::int64_t begin, std::int64_t count, std::byte* panel) {
-    std::vector<float>& w = weights_;
-    w.assign(static_cast<std::size_t>(d_model_ * kPanelWidth), 0.0f);
-    if (!source.expert.gate.empty()) {
-      rows_to_lanes(source.expert.gate, begin, count, 0, w);
-      rows_to_lanes(source.expert.up, begin, count, kPanelWidth / 2, w);
-    } else {
-      rows_to_lanes(source.expert.up, begin, count, 0, w);
-    }
-    encode_panel(layout_.gate_up_format, w, panel);
-    auto* scales = reinterpret_cast<float*>(panel + layout_.gate_up_bytes);
-    if (layout_.step_scale_bytes > 0) write_step_scales(source, begin, count, scales);
-    for (std::int64_t d = 0; d < layout_.down_panels; ++d) {
-      w.assign(static_cast<std::size_t>(layout_.neurons * kPanelWidth), 0.0f);
-      const std::int64_t first = d * kPanelWidth;
-      const std::int64_t outputs = std::min(kPanelWidth, d_model_ - first);
-      for (std::int64_t j = 0; j < count; ++j)
-        for (std::int64_t o = 0; o < outputs; ++o)
-          w[j * kPanelWidth + o] = source.down[(begin + j) * source.neuron_stride +
-                                               (first + o) * source.output_stride];
-      encode_panel(layout_.down_format, w,
-                   panel + layout_.down_offset() + d * layout_.down_panel_bytes, scales);
-    }
+    write_gate_up(source, begin, count, panel);
+    write_down(source, begin, count, panel);
   }
 
  private:
-  void write_step_scales(const Source& source, std::int64_t begin, std::int64_t count,
-                         float* scales) const {
-    std::fill_n(scales, kPanelWidth, 0.0f);
-    for (std::int64_t j = 0; j < count; ++j) {
-      float largest = 0.0f;
-      for (std::int64_t o = 0; o < d_model_; ++o)
-        largest = std::max(largest, std::abs(source.down[(begin + j) * source.neuron_stride +
-                                                         o * source.output_stride]));
-      scales[j] = largest / 127.0f;
+  void write_gate_up(const Source& source, std::int64_t begin, std::int64_t count,
+                     std::byte* panel) {
+    weights_.assign(static_cast<std::size_t>(d_model_ * kPanelWidth), 0.0f);
+    if (!source.expert.gate.empty()) {
+      rows_to_lanes(source.expert.gate, begin, count, 0, weights_);
+      rows_to_lanes(source.expert.up, begin, count, kPanelWidth / 2, weights_);
+    } else {
+      rows_to_lanes(source.expert.up, begin, count, 0, weights_);
     }
+    float scales[kMaxScales] = {};
+    widen_scales(layout_.format, weights_, scales);
+    std::memcpy(panel, scales, layout_.scale_bytes);
+    encode_panel(layout_.format, weights_, scales, panel + layout_.gate_up_offset());
+  }
+
+  void write_down(const Source& source, std::int64_t begin, std::int64_t count, std::byte* panel) {
+    const bool step_scales = layout_.format == PanelFormat::kInt8;
+    float scales[kMaxScales] = {};
+    for (std::int64_t j = 0; j < count && step_scales; ++j)
+      for (std::int64_t o = 0; o < d_model_; ++o)
+        scales[j] = std::max(scales[j], std::abs(source.down_at(begin + j, o)) / 127.0f);
+    for (std::int64_t d = 0; d < layout_.down_panels && !step_scales; ++d) {
+      read_down(source, begin, count, d, nullptr);
+      widen_scales(layout_.format, weights_, scales);
+    }
+    std::memcpy(panel + layout_.scale_bytes, scales, layout_.scale_bytes);
+    for (std::int64_t d = 0; d < layout_.down_panels; ++d) {
+      read_down(source, begin, count, d, step_scales ? scales : nullptr);
+      encode_panel(layout_.format, weights_, step_scales ? kUnitScales : scales,
+                   panel + layout_.down_offset() + d * layout_.down_panel_bytes);
+    }
+  }
+
+  /// Down panel d, divided by the scales of its steps if there are any.
+  void read_down(const Source& source, std::int64_t begin, std::int64_t count, std::int64_t d,
+                 const float* step_scales) {
+    weights_.assign(static_cast<std::size_t>(layout_.neurons * kPanelWidth), 0.0f);
+    const std::int64_t first = d * kPanelWidth;
+    const std::int64_t outputs = std::min(kPanelWidth, d_model_ - first);
+    for (std::int64_t j = 0; j < count; ++j)
+      for (std::int64_t o = 0; o < outputs; ++o) {
+        const float scale = step_scales != nullptr ? step_scales[j] : 1.0f;
+        weights_[j * kPanelWidth + o] =
+            scale > 0.0f ? source.down_at(begin + j, first + o) / scale : 0.0f;
+      }
   }
 
   ExpertPanelLayout layout_;
@@ -198,8 +216,8 @@ PackedLinear::PackedLinear(MatrixView<const float> weight, WeightType type,
                            const ParallelFor& parallel)
     : rows_(weight.rows), cols_(weight.cols), type_(type) {
   check_finite("weight", weight);
-  const PanelFormat format = lane_format(type);
-  panel_bytes_ = cleave::panel_bytes(format, cols_);
+  const PanelFormat format = panel_format(type);
+  panel_bytes_ = scale_bytes(format) + cleave::panel_bytes(format, cols_);
   const std::int64_t panels = (rows_ + kPanelWidth - 1) / kPanelWidth;
   bytes_ = panels * panel_bytes_;
   auto data = allocate(bytes_);
@@ -209,7 +227,11 @@ PackedLinear::PackedLinear(MatrixView<const float> weight, WeightType type,
       w.assign(static_cast<std::size_t>(cols_ * kPanelWidth), 0.0f);
       const std::int64_t first = p * kPanelWidth;
       rows_to_lanes(weight, first, std::min(kPanelWidth, rows_ - first), 0, w);
-      encode_panel(format, w, data.get() + p * panel_bytes_);
+      float scales[kMaxScales] = {};
+      widen_scales(format, w, scales);
+      std::byte* panel = data.get() + p * panel_bytes_;
+      std::memcpy(panel, scales, scale_bytes(format));
+      encode_panel(format, w, scales, panel + scale_bytes(format));
     }
   });
   data_ = std::move(data);
@@ -217,8 +239,10 @@ PackedLinear::PackedLinear(MatrixView<const float> weight, WeightType type,
 
 void PackedLinear::unpack_row(std::int64_t n, float* out) const {
   std::vector<float> panel(static_cast<std::size_t>(cols_ * kPanelWidth));
-  const auto format = static_cast<int>(lane_format(type_));
-  panel_kernels().unpack[format](data_.get() + n / kPanelWidth * panel_bytes_, cols_, panel.data());
+  const PanelFormat format = panel_format(type_);
+  const std::byte* packed = data_.get() + n / kPanelWidth * panel_bytes_;
+  panel_kernels().unpack[static_cast<int>(format)](
+      packed + scale_bytes(format), cols_, reinterpret_cast<const float*>(packed), panel.data());
   for (std::int64_t s = 0; s < cols_; ++s) out[s] = panel[s * kPanelWidth + n % kPanelWidth];
 }
 
@@ -294,7 +318,11 @@ ExpertBank PackedExperts::unpack() const {
       const std::int64_t count = std::min(layout.neurons, widths_[e] - first);
       const std::int64_t row = bank.begin[e] + first;
       const std::int64_t up_lane = gated_ ? kPanelWidth / 2 : 0;
-      kernels.unpack[static_cast<int>(layout.gate_up_format)](panel(p), D, w.data());
+      const auto* scales = reinterpret_cast<const float*>(panel(p));
+      const float* down_scales = scales + layout.scale_bytes / 4;
+      const bool step_scales = layout.format == PanelFormat::kInt8;
+      const auto unpack_panel = kernels.unpack[static_cast<int>(layout.format)];
+      unpack_panel(panel(p) + layout.gate_up_offset(), D, scales, w.data());
       for (std::int64_t j = 0; j < count; ++j)
         for (std::int64_t s = 0; s < D; ++s) {
           if (gated_) bank.gate[(row + j) * D + s] = w[s * kPanelWidth + j];
@@ -304,15 +332,13 @@ ExpertBank PackedExperts::unpack() const {
         if (gated_) bank.gate_bias[row + j] = lane_bias_[p * kPanelWidth + j];
         bank.up_bias[row + j] = lane_bias_[p * kPanelWidth + up_lane + j];
       }
-      const auto* scales = reinterpret_cast<const float*>(panel(p) + layout.gate_up_bytes);
       for (std::int64_t d = 0; d < layout.down_panels; ++d) {
-        kernels.unpack[static_cast<int>(layout.down_format)](
-            panel(p) + layout.down_offset() + d * layout.down_panel_bytes, layout.neurons,
-            w.data());
+        unpack_panel(panel(p) + layout.down_offset() + d * layout.down_panel_bytes, layout.neurons,
+                     step_scales ? kUnitScales : down_scales, w.data());
         for (std::int64_t j = 0; j < count; ++j)
           for (std::int64_t o = d * kPanelWidth; o < std::min(D, (d + 1) * kPanelWidth); ++o)
-            bank.down_t[(row + j) * D + o] = w[j * kPanelWidth + o - d * kPanelWidth] *
-                                             (layout.step_scale_bytes > 0 ? scales[j] : 1.0f);
+            bank.down_t[(row + j) * D + o] =
+                w[j * kPanelWidth + o - d * kPanelWidth] * (step_scales ? down_scales[j] : 1.0f);
       }
     }
   return bank;

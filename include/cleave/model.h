@@ -11,12 +11,14 @@
 #include "cleave/expert.h"
 #include "cleave/model_config.h"
 #include "cleave/moe_layer.h"
+#include "cleave/packed.h"
 #include "cleave/views.h"
 
 namespace cleave {
 
 struct ModelSpec {
-  int threads = 0;  ///< 0: as many as the machine has cores
+  int threads = 0;                        ///< 0: as many as the machine has cores
+  WeightType weights = WeightType::kF32;  ///< how they are kept in memory
 };
 
 /// Keys and values of the tokens seen so far. One per sequence.
@@ -44,12 +46,13 @@ struct ForwardHooks {
   std::function<void(std::int64_t layer, const Routing& routing)> routing;
 };
 
-/// A decoder-only transformer in float32, without LibTorch: RMSNorm, rotary positions,
+/// A decoder-only transformer, without LibTorch: RMSNorm, rotary positions,
 /// grouped-query attention with a KV cache, a dense or an MoE FFN per layer. It serves convert,
 /// eval and generate; gradients live in cleave::train, and a test holds the two forward passes
 /// equal.
 ///
-/// Owns its weights (float32, 4 bytes a parameter) and its threads. One call at a time.
+/// Activations are float32; weights are as ModelSpec says. Owns its weights and its threads. One
+/// call at a time.
 class Model {
  public:
   /// @throws FileError  a tensor is missing, has the wrong shape or holds NaN
@@ -72,12 +75,15 @@ class Model {
   /// needed are computed, and in pieces (V is large).
   void logits(MatrixView<const float> hidden, MatrixView<float> out);
 
-  /// The FFN of a layer that is dense. @throws InvalidArgument  the layer holds experts
-  FfnView dense_ffn(std::int64_t layer) const;
-  /// The experts of a layer, or nullptr where it is dense.
-  const MoeLayer* moe(std::int64_t layer) const;
+  /// The FFN of a layer that is dense, as the kernels see it: exact with float32 weights.
+  /// @throws InvalidArgument  the layer holds experts
+  DenseFfn dense_ffn(std::int64_t layer) const;
+  /// E of a layer that holds experts, 0 where it is dense.
+  std::int64_t num_experts(std::int64_t layer) const;
+  /// Bytes of the packed weights: what generating one token reads, but for inactive experts.
+  std::int64_t weight_bytes() const;
   /// Replaces a layer's FFN. @throws InvalidArgument  D disagrees
-  void set_moe(std::int64_t layer, MoeLayer moe);
+  void set_moe(std::int64_t layer, const MoeLayer& moe);
 
  private:
   struct Impl;

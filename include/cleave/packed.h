@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string_view>
 #include <vector>
 
@@ -66,8 +67,8 @@ class PackedLinear {
   std::shared_ptr<const std::byte[]> data_;
 };
 
-/// The experts of one layer, or a dense FFN (as one expert), packed: an expert is a row of panels of
-/// 16 neurons (32 without a gate), and a panel holds all that its neurons need, so that a thread
+/// The experts of one layer, or a dense FFN (as one expert), packed: an expert is a row of panels
+/// of 16 neurons (32 without a gate), and a panel holds all that its neurons need, so that a thread
 /// reads one stream. Copies share the weights.
 class PackedExperts {
  public:
@@ -83,7 +84,9 @@ class PackedExperts {
   bool gated() const { return gated_; }
   Activation activation() const { return activation_; }
   WeightType type() const { return type_; }
-  std::int64_t bytes() const { return panel_begin_.empty() ? 0 : panel_begin_.back() * panel_bytes_; }
+  std::int64_t bytes() const {
+    return panel_begin_.empty() ? 0 : panel_begin_.back() * panel_bytes_;
+  }
   std::span<const float> down_bias() const { return down_bias_; }  ///< [D], or empty
 
   /// The weights as the kernels see them, neurons in packed order. Exact for kF32.
@@ -102,8 +105,8 @@ class PackedExperts {
   bool gated_ = true;
   Activation activation_ = Activation::kSilu;
   WeightType type_ = WeightType::kF32;
-  std::vector<std::int64_t> widths_;             // [E]
-  std::vector<std::int64_t> panel_begin_;        // [E + 1]
+  std::vector<std::int64_t> widths_;       // [E]
+  std::vector<std::int64_t> panel_begin_;  // [E + 1]
   std::vector<float> lane_bias_, down_bias_;
   std::shared_ptr<const std::byte[]> data_;
 };

@@ -116,4 +116,27 @@ std::optional<DType> parse_dtype(const std::string& value) {
   return parse_name("--dtype", value, kNames);
 }
 
+void add_weights_option(CLI::App& command, std::string& weights) {
+  command
+      .add_option(
+          "--weights", weights,
+          "Weights in memory: f32, bf16, f16, int8, int4, or auto (as stored; f16 if that is "
+          "quantised)")
+      ->capture_default_str();
+}
+
+WeightType resolve_weights(const std::string& weights, const Checkpoint& checkpoint) {
+  if (const auto type = parse_weight_type(weights)) return *type;
+  if (weights != "auto")
+    throw InvalidArgument("--weights: unknown value '" + weights +
+                          "'; choose one of auto, f32, bf16, f16, int8, int4");
+  for (const TensorInfo& tensor : checkpoint.tensors()) {
+    if (tensor.shape.size() != 2 || tensor.name.find("model.layers.0.") != 0) continue;
+    if (tensor.dtype == DType::kF32) return WeightType::kF32;
+    if (tensor.dtype == DType::kBF16) return WeightType::kBF16;
+    break;
+  }
+  return WeightType::kF16;
+}
+
 }  // namespace cleave::cli

@@ -76,11 +76,17 @@ T parse_name(const std::string& option, const std::string& value,
 }
 std::optional<DType> parse_dtype(const std::string& value);
 
+/// Adds --weights: how the packed weights are kept in memory.
+void add_weights_option(CLI::App& command, std::string& weights);
+/// "auto" is the type that the FFN is stored in; f16 where that is quantised.
+WeightType resolve_weights(const std::string& weights, const Checkpoint& checkpoint);
+
 void add_inspect_command(CLI::App& app);
 void add_convert_command(CLI::App& app);
 void add_train_command(CLI::App& app);
 void add_eval_command(CLI::App& app);
 void add_generate_command(CLI::App& app);
+void add_bench_command(CLI::App& app);
 void add_tokenize_command(CLI::App& app);
 void add_logits_command(CLI::App& app);
 

@@ -9,6 +9,7 @@ namespace {
 
 struct EvalOptions {
   CommonOptions common;
+  std::string weights = "f32";
   std::string model;
   std::vector<std::string> text;
   std::string against;
@@ -117,7 +118,8 @@ void run_eval(const EvalOptions& options) {
   Progress progress(options.common.quiet);
   progress.note(
       fmt::format("{}: {} windows of {} tokens", options.model, text.count(), options.context));
-  const ModelSpec spec{.threads = options.common.threads};
+  const ModelSpec spec{.threads = options.common.threads,
+                       .weights = resolve_weights(options.weights, checkpoint)};
   Model model = Model::load(checkpoint, spec);
   std::unique_ptr<Model> dense;
   if (!options.against.empty())
@@ -147,6 +149,7 @@ void add_eval_command(CLI::App& app) {
       ->add_option("--limit-tokens", options->limit_tokens, "Use only the first N tokens; 0: all")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
+  add_weights_option(*command, options->weights);
   add_common_options(*command, options->common);
   command->callback([options] { run_eval(*options); });
 }

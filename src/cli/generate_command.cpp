@@ -10,6 +10,7 @@ namespace {
 
 struct GenerateOptions {
   CommonOptions common;
+  std::string weights = "auto";
   std::string model;
   std::string prompt;
   GenerateSpec generate;
@@ -50,7 +51,8 @@ void run_generate(const GenerateOptions& options) {
     throw InvalidArgument("--prompt: empty; give it at least one character");
   const Checkpoint checkpoint = Checkpoint::open(options.model);
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(checkpoint);
-  Model model = Model::load(checkpoint, {.threads = options.common.threads});
+  Model model = Model::load(checkpoint, {.threads = options.common.threads,
+                                         .weights = resolve_weights(options.weights, checkpoint)});
 
   const std::vector<std::int32_t> prompt = tokenizer.encode(options.prompt, true);
   GenerateSpec spec = options.generate;
@@ -123,6 +125,7 @@ void add_generate_command(CLI::App& app) {
   command->add_flag("--ignore-eos", options->generate.ignore_eos,
                     "Go on after an end-of-sequence token");
   add_seed_option(*command, options->common, "the sampling");
+  add_weights_option(*command, options->weights);
   add_common_options(*command, options->common);
   command->callback([options] { run_generate(*options); });
 }

@@ -47,6 +47,7 @@ int run(int argc, char** argv) {
   cleave::cli::add_train_command(app);
   cleave::cli::add_eval_command(app);
   cleave::cli::add_generate_command(app);
+  cleave::cli::add_bench_command(app);
   cleave::cli::add_tokenize_command(app);
   cleave::cli::add_logits_command(app);
   app.set_config("--config", "", "Read options from a TOML file; the command line wins");

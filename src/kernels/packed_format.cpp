@@ -23,7 +23,8 @@ void encode_bf16(std::span<const float> weights, std::byte* panel) {
   const auto steps = static_cast<std::int64_t>(weights.size()) / kLanes;
   for (std::int64_t s = 0; s < steps; ++s)
     for (std::int64_t lane = 0; lane < kLanes; ++lane)
-      put(panel + (s / 2 * kLanes + lane) * 4 + s % 2 * 2, float_to_bf16(weights[s * kLanes + lane]));
+      put(panel + (s / 2 * kLanes + lane) * 4 + s % 2 * 2,
+          float_to_bf16(weights[s * kLanes + lane]));
 }
 
 void encode_f16(std::span<const float> weights, std::byte* panel) {
@@ -35,97 +36,66 @@ void encode_f16(std::span<const float> weights, std::byte* panel) {
   }
 }
 
-std::int8_t quantised(float weight, float scale) {
-  return static_cast<std::int8_t>(scale > 0.0f ? std::lround(weight / scale) : 0);
-}
-
-void encode_int8(std::span<const float> weights, std::byte* panel) {
-  const auto steps = static_cast<std::int64_t>(weights.size()) / kLanes;
-  for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-    float largest = 0.0f;
-    for (std::int64_t s = 0; s < steps; ++s)
-      largest = std::max(largest, std::abs(weights[s * kLanes + lane]));
-    const float scale = largest / 127.0f;
-    std::memcpy(panel + lane * 4, &scale, sizeof scale);
-    for (std::int64_t s = 0; s < steps; ++s)
-      panel[128 + s * kLanes + lane] =
-          static_cast<std::byte>(quantised(weights[s * kLanes + lane], scale));
+void encode_int8(std::span<const float> weights, const float* scales, std::byte* panel) {
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const float scale = scales[i % kLanes];
+    const long q = scale > 0.0f ? std::lround(weights[i] / scale) : 0;
+    panel[i] = static_cast<std::byte>(static_cast<std::int8_t>(std::clamp(q, -127L, 127L)));
   }
 }
 
-void encode_int8_steps(std::span<const float> weights, std::byte* panel, float* step_scale) {
-  const auto steps = static_cast<std::int64_t>(weights.size()) / kLanes;
-  for (std::int64_t s = 0; s < steps; ++s)
-    for (std::int64_t lane = 0; lane < kLanes; ++lane)
-      panel[s * kLanes + lane] =
-          static_cast<std::byte>(quantised(weights[s * kLanes + lane], step_scale[s]));
-}
-
-/// Scale and minimum of a group of weights, as the halves that will be stored, and the nibbles.
-class Nibbles {
- public:
-  void include(float weight) {
-    low_ = std::min(low_, weight);
-    high_ = std::max(high_, weight);
+/// Smallest and largest weight of each lane in steps [begin, end); zero counts as one of them.
+struct Range {
+  Range(std::span<const float> weights, std::int64_t lane, std::int64_t begin, std::int64_t end) {
+    for (std::int64_t s = begin; s < end; ++s) {
+      low = std::min(low, weights[s * kLanes + lane]);
+      high = std::max(high, weights[s * kLanes + lane]);
+    }
   }
-  void fix() {
-    minimum_bits = float_to_half(low_);
-    scale_bits = float_to_half((high_ - half_to_float(minimum_bits)) / 15.0f);
-  }
-  int operator()(float weight) const {
-    const float scale = half_to_float(scale_bits);
-    if (!(scale > 0.0f)) return 0;
-    const long q = std::lround((weight - half_to_float(minimum_bits)) / scale);
-    return static_cast<int>(std::clamp(q, 0L, 15L));
-  }
-  std::uint16_t scale_bits = 0, minimum_bits = 0;
-
- private:
-  float low_ = 0.0f, high_ = 0.0f;  // zero is among the weights of every group
+  float low = 0.0f, high = 0.0f;
 };
 
-void put_nibbles(const Nibbles& low, const Nibbles& high, const float* row, std::byte* bytes,
-                 std::int64_t lane) {
-  bytes[lane] = static_cast<std::byte>(low(row[lane]) | high(row[lane + 16]) << 4);
+constexpr std::int64_t kBlock = 32;        // steps of int4 with one scale per lane
+constexpr std::int64_t kBlockHeader = 64;  // bytes: 32 scales, 32 minima
+constexpr std::int64_t kWordSteps = 8;     // steps whose nibbles share a lane's 32-bit word
+
+std::uint8_t count_of(float value, float unit) {
+  const float count = unit != 0.0f ? std::ceil(value / unit - 1e-3f) : 0.0f;
+  return static_cast<std::uint8_t>(std::clamp(count, 0.0f, 255.0f));
 }
 
-void encode_int4(std::span<const float> weights, std::byte* panel) {
+void encode_int4(std::span<const float> weights, const float* units, std::byte* panel) {
   const auto steps = static_cast<std::int64_t>(weights.size()) / kLanes;
-  for (std::int64_t begin = 0; begin < steps; begin += 32, panel += 128 + 32 * 16) {
-    const std::int64_t end = std::min<std::int64_t>(begin + 32, steps);
-    Nibbles lanes[kLanes];
+  for (std::int64_t begin = 0; begin < steps; begin += kBlock) {
+    const std::int64_t end = std::min(begin + kBlock, steps);
+    std::byte* words = panel + kBlockHeader;
     for (std::int64_t lane = 0; lane < kLanes; ++lane) {
-      for (std::int64_t s = begin; s < end; ++s) lanes[lane].include(weights[s * kLanes + lane]);
-      lanes[lane].fix();
-      put(panel + 2 * lane, lanes[lane].scale_bits);
-      put(panel + 64 + 2 * lane, lanes[lane].minimum_bits);
+      const Range range(weights, lane, begin, end);
+      const std::uint8_t minimum_count = count_of(range.low, units[1]);
+      const float minimum = minimum_count * units[1];
+      const std::uint8_t scale_count = count_of((range.high - minimum) / 15.0f, units[0]);
+      const float scale = scale_count * units[0];
+      panel[lane] = static_cast<std::byte>(scale_count);
+      panel[kLanes + lane] = static_cast<std::byte>(minimum_count);
+      for (std::int64_t s = begin; s < end; ++s) {
+        const long q =
+            scale > 0.0f ? std::lround((weights[s * kLanes + lane] - minimum) / scale) : 0;
+        const std::int64_t group = (s - begin) / kWordSteps, nibble = (s - begin) % kWordSteps;
+        // Lanes 0 to 15 fill one line, 16 to 31 the next.
+        std::byte& byte = words[group * 128 + lane / 16 * 64 + lane % 16 * 4 + nibble / 2];
+        byte |= static_cast<std::byte>(std::clamp(q, 0L, 15L) << (nibble % 2 * 4));
+      }
     }
-    for (std::int64_t s = begin; s < end; ++s)
-      for (std::int64_t lane = 0; lane < 16; ++lane)
-        put_nibbles(lanes[lane], lanes[lane + 16], &weights[s * kLanes],
-                    panel + 128 + (s - begin) * 16, lane);
-  }
-}
-
-void encode_int4_steps(std::span<const float> weights, std::byte* panel) {
-  const auto steps = static_cast<std::int64_t>(weights.size()) / kLanes;
-  for (std::int64_t begin = 0; begin < steps; begin += 16, panel += 64 + 16 * 16) {
-    const std::int64_t end = std::min<std::int64_t>(begin + 16, steps);
-    for (std::int64_t s = begin; s < end; ++s) {
-      Nibbles step;
-      for (std::int64_t lane = 0; lane < kLanes; ++lane) step.include(weights[s * kLanes + lane]);
-      step.fix();
-      put(panel + 2 * (s - begin), step.scale_bits);
-      put(panel + 32 + 2 * (s - begin), step.minimum_bits);
-      for (std::int64_t lane = 0; lane < 16; ++lane)
-        put_nibbles(step, step, &weights[s * kLanes], panel + 64 + (s - begin) * 16, lane);
-    }
+    panel = words + (end - begin + kWordSteps - 1) / kWordSteps * 128;
   }
 }
 
 }  // namespace
 
-PanelFormat lane_format(WeightType type) {
+const float kUnitScales[kMaxScales] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+                                       1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+PanelFormat panel_format(WeightType type) {
   switch (type) {
     case WeightType::kF32:
       return PanelFormat::kF32;
@@ -141,12 +111,6 @@ PanelFormat lane_format(WeightType type) {
   fail_argument("pack: unknown weight type {}", static_cast<int>(type));
 }
 
-PanelFormat step_format(WeightType type) {
-  if (type == WeightType::kInt8) return PanelFormat::kInt8Steps;
-  if (type == WeightType::kInt4) return PanelFormat::kInt4Steps;
-  return lane_format(type);
-}
-
 std::int64_t panel_bytes(PanelFormat format, std::int64_t steps) {
   switch (format) {
     case PanelFormat::kF32:
@@ -156,19 +120,35 @@ std::int64_t panel_bytes(PanelFormat format, std::int64_t steps) {
     case PanelFormat::kF16:
       return steps * 64;
     case PanelFormat::kInt8:
-      return 128 + round_up(steps * 32, kLine);
-    case PanelFormat::kInt8Steps:
       return round_up(steps * 32, kLine);
     case PanelFormat::kInt4:
-      return (steps + 31) / 32 * (128 + 32 * 16);
-    case PanelFormat::kInt4Steps:
-      return (steps + 15) / 16 * (64 + 16 * 16);
+      return (steps + kBlock - 1) / kBlock * kBlockHeader +
+             (steps + kWordSteps - 1) / kWordSteps * 128;
   }
   return 0;
 }
 
-void encode_panel(PanelFormat format, std::span<const float> weights, std::byte* panel,
-                  float* step_scale) {
+std::int64_t scale_bytes(PanelFormat format) {
+  if (format == PanelFormat::kInt8) return kMaxScales * 4;
+  return format == PanelFormat::kInt4 ? kLine : 0;
+}
+
+void widen_scales(PanelFormat format, std::span<const float> weights, float* scales) {
+  const auto steps = static_cast<std::int64_t>(weights.size()) / kLanes;
+  if (format == PanelFormat::kInt8)
+    for (std::size_t i = 0; i < weights.size(); ++i)
+      scales[i % kLanes] = std::max(scales[i % kLanes], std::abs(weights[i]) / 127.0f);
+  if (format == PanelFormat::kInt4)
+    for (std::int64_t begin = 0; begin < steps; begin += kBlock)
+      for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+        const Range range(weights, lane, begin, std::min(begin + kBlock, steps));
+        scales[0] = std::max(scales[0], (range.high - range.low) / 15.0f / 255.0f);
+        scales[1] = std::min(scales[1], range.low / 255.0f);
+      }
+}
+
+void encode_panel(PanelFormat format, std::span<const float> weights, const float* scales,
+                  std::byte* panel) {
   const auto steps = static_cast<std::int64_t>(weights.size()) / kLanes;
   std::memset(panel, 0, static_cast<std::size_t>(panel_bytes(format, steps)));
   switch (format) {
@@ -180,23 +160,18 @@ void encode_panel(PanelFormat format, std::span<const float> weights, std::byte*
     case PanelFormat::kF16:
       return encode_f16(weights, panel);
     case PanelFormat::kInt8:
-      return encode_int8(weights, panel);
-    case PanelFormat::kInt8Steps:
-      return encode_int8_steps(weights, panel, step_scale);
+      return encode_int8(weights, scales, panel);
     case PanelFormat::kInt4:
-      return encode_int4(weights, panel);
-    case PanelFormat::kInt4Steps:
-      return encode_int4_steps(weights, panel);
+      return encode_int4(weights, scales, panel);
   }
 }
 
 ExpertPanelLayout::ExpertPanelLayout(WeightType type, bool gated, std::int64_t d_model)
-    : gate_up_format(lane_format(type)),
-      down_format(step_format(type)),
+    : format(panel_format(type)),
       neurons(gated ? kLanes / 2 : kLanes),
-      gate_up_bytes(panel_bytes(gate_up_format, d_model)),
-      step_scale_bytes(type == WeightType::kInt8 ? kLanes * 4 : 0),
+      scale_bytes(cleave::scale_bytes(format)),
+      gate_up_bytes(panel_bytes(format, d_model)),
       down_panels((d_model + kLanes - 1) / kLanes),
-      down_panel_bytes(panel_bytes(down_format, neurons)) {}
+      down_panel_bytes(panel_bytes(format, neurons)) {}
 
 }  // namespace cleave

@@ -10,42 +10,51 @@
 // Where the bytes of packed weights are. One format for all instruction sets:
 //
 //   panel      [steps][32 lanes]: the weights that 32 outputs (lanes) have for each input (step).
-//              bfloat16 keeps two steps of a lane side by side; int8 and int4 carry their scales.
-//   linear     panels of 32 outputs, one after the other; steps are the K inputs.
-//   expert     panels of neurons; each is a gate|up panel [D steps][16 gate, 16 up] (two-matrix
-//              FFNs: [D steps][32 up]), then the neurons' share of down: int8's scale per neuron
-//              [16 or 32 floats], and ceil(D / 32) panels [16 or 32 neurons as steps][32 outputs].
-//              So a neuron's three rows lie together, an expert is a range of panels, and any share
-//              of the experts' work is one stream of memory.
+//              bfloat16 keeps two steps of a lane side by side, int4 eight; every 32 steps of int4
+//              begin with the lanes' scales and minima, a byte each.
+//   scales     int8: a float per lane (of down: per step); int4: two floats, the units in which the
+//              bytes of scales and minima count.
+//   linear     [scales][panel] per 32 outputs, one after the other; steps are the K inputs.
+//   expert     panels of neurons: [scales of gate|up][scales of down], a gate|up panel [D steps]
+//              [16 gate, 16 up] (two-matrix FFNs: [D steps][32 up]), then the neurons' share of
+//              down: ceil(D / 32) panels [16 or 32 neurons as steps][32 outputs]. So a neuron's
+//              three rows lie together, an expert is a range of panels, and any share of the
+//              experts' work is one stream of memory.
 //
 // Lanes beyond the last output or neuron hold zeros. Every panel starts on a cache line.
 namespace cleave {
 
-/// How a type's panels are stored where lanes are rows of the matrix (gate, up, linear) ...
-PanelFormat lane_format(WeightType type);
-/// ... and where steps are (down).
-PanelFormat step_format(WeightType type);
+PanelFormat panel_format(WeightType type);
 
-/// Bytes of one panel, a multiple of 64.
+/// Bytes of one panel without its scales, a multiple of 64.
 std::int64_t panel_bytes(PanelFormat format, std::int64_t steps);
+/// Bytes of the scales that a panel (or the down panels of a group of neurons) needs: 0, 64 or 128.
+std::int64_t scale_bytes(PanelFormat format);
+inline constexpr std::int64_t kMaxScales = 32;
 
-/// Writes one panel. weights [steps, 32]   step_scale [steps], written, for kInt8Steps only
-void encode_panel(PanelFormat format, std::span<const float> weights, std::byte* panel,
-                  float* step_scale = nullptr);
+/// Enlarges `scales` [kMaxScales], zeros at first, to what these weights [steps, 32] need.
+void widen_scales(PanelFormat format, std::span<const float> weights, float* scales);
+/// Writes one panel. weights [steps, 32]
+void encode_panel(PanelFormat format, std::span<const float> weights, const float* scales,
+                  std::byte* panel);
 
 /// The parts of an expert panel.
 struct ExpertPanelLayout {
   ExpertPanelLayout(WeightType type, bool gated, std::int64_t d_model);
 
-  PanelFormat gate_up_format, down_format;
-  std::int64_t neurons;           ///< per panel
-  std::int64_t gate_up_bytes;     ///< the gate|up panel, at offset 0
-  std::int64_t step_scale_bytes;  ///< then kInt8's scales of the neurons, or 0
-  std::int64_t down_panels;       ///< ceil(D / 32)
+  PanelFormat format;
+  std::int64_t neurons;        ///< per panel
+  std::int64_t scale_bytes;    ///< of gate|up, at offset 0; those of down follow
+  std::int64_t gate_up_bytes;  ///< then the gate|up panel
+  std::int64_t down_panels;    ///< ceil(D / 32)
   std::int64_t down_panel_bytes;
 
-  std::int64_t down_offset() const { return gate_up_bytes + step_scale_bytes; }
+  std::int64_t gate_up_offset() const { return 2 * scale_bytes; }
+  std::int64_t down_offset() const { return gate_up_offset() + gate_up_bytes; }
   std::int64_t bytes() const { return down_offset() + down_panels * down_panel_bytes; }
 };
+
+/// The lanes' scales where each step's scale is in its input already (down in int8).
+extern const float kUnitScales[kMaxScales];
 
 }  // namespace cleave

@@ -16,68 +16,103 @@ constexpr std::int64_t kMinPassRows = 48;
 // Below so many multiply-adds a part is not worth waking a thread (a few microseconds).
 constexpr std::int64_t kPartMacs = 64 * 1024;
 
-/// What one range of panels needs beside its operands.
-struct PanelScratch {
-  float* panel;  // [K, 32] an unpacked panel
-  float* tile;   // [12, 32] results that are not whole rows of y
-};
-
+/// Runs panels of one weight over rows of x. One object per part.
 class PanelLoop {
  public:
   PanelLoop(const PackedLinear& weight, MatrixView<const float> x, std::span<const float> bias,
-            MatrixView<float> y, bool add)
+            MatrixView<float> y, bool add, std::int64_t pass, float* scratch)
       : weight_(weight),
         x_(x),
         bias_(bias),
         y_(y),
         add_(add),
-        format_(lane_format(weight.type())),
-        kernels_(panel_kernels()) {}
+        format_(panel_format(weight.type())),
+        kernels_(panel_kernels()),
+        results_(scratch),
+        unpacked_(results_ + result_rows(pass) * kPanelWidth),
+        sums_(unpacked_ + kTileSteps * kPanelWidth),
+        tiles_(sums_ + kMaxPanelRows * num_blocks(x.cols), x.cols) {}
+
+  static std::int64_t scratch_size(std::int64_t pass, std::int64_t K) {
+    return (result_rows(pass) + kTileSteps) * kPanelWidth + kMaxPanelRows * num_blocks(K) +
+           TiledRows::size(pass, K);
+  }
 
   void run(std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
-           std::int64_t row_end, const PanelScratch& scratch) const {
-    const bool unpack = row_end - row_begin > direct_panel_rows(kernels_, format_);
+           std::int64_t rows) const {
+    const bool direct = rows <= direct_panel_rows(kernels_, format_);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      if (!direct)
+        tiles_.set_row(r, x_.row(row_begin + r), x_.cols);
+      else if (format_ == PanelFormat::kInt4)
+        block_sums(x_.row(row_begin + r), x_.cols, sums_ + r * num_blocks(x_.cols));
+    }
     for (std::int64_t p = panel_begin; p < panel_end; ++p) {
-      const std::byte* packed = weight_.data() + p * weight_.panel_bytes();
-      const void* panel = packed;
-      PanelFormat format = format_;
-      const char* prefetch = nullptr;
-      if (unpack) {
-        kernels_.unpack[static_cast<int>(format)](packed, weight_.cols(), scratch.panel);
-        panel = scratch.panel;
-        format = PanelFormat::kF32;
-        prefetch = reinterpret_cast<const char*>(packed + weight_.panel_bytes());
-      }
-      for_row_tiles(kernels_, format, row_end - row_begin,
-                    [&](std::int64_t row, std::int64_t rows, int kernel) {
-                      tile(p, panel, format, row_begin + row, rows, kernel, prefetch, scratch);
-                      prefetch = nullptr;
-                    });
+      if (direct)
+        multiply_direct(p, row_begin, rows);
+      else
+        multiply_tiles(p, rows);
+      store(p, row_begin, rows);
     }
   }
 
  private:
-  void tile(std::int64_t p, const void* panel, PanelFormat format, std::int64_t row,
-            std::int64_t rows, int kernel, const char* prefetch, const PanelScratch& scratch) const {
-    const std::int64_t column = p * kPanelWidth;
-    const std::int64_t columns = std::min(kPanelWidth, y_.cols - column);
-    const bool straight = columns == kPanelWidth && bias_.empty();
-    const float* x[kMaxPanelRows];
+  // The last tile's kernel may write rows that nobody asked for.
+  static std::int64_t result_rows(std::int64_t pass) {
+    return TiledRows::num_tiles(pass) * kTileRows;
+  }
+  const std::byte* packed(std::int64_t p) const {
+    return weight_.data() + p * weight_.panel_bytes();
+  }
+
+  void multiply_direct(std::int64_t p, std::int64_t row_begin, std::int64_t rows) const {
+    const int kernel = panel_rows_index(rows);
+    const float *x[kMaxPanelRows], *x_sums[kMaxPanelRows];
     float* out[kMaxPanelRows];
     for (std::int64_t r = 0; r < kPanelRows[kernel]; ++r) {
-      x[r] = x_.row(row + std::min(r, rows - 1));
-      out[r] = straight && r < rows ? y_.row(row + r) + column : scratch.tile + r * kPanelWidth;
+      const std::int64_t real = std::min(r, rows - 1);
+      x[r] = x_.row(row_begin + real);
+      x_sums[r] = sums_ + real * num_blocks(x_.cols);
+      out[r] = results_ + r * kPanelWidth;
     }
-    const bool add = straight && add_;
-    kernels_.multiply[static_cast<int>(format)][kernel](
-        {panel, weight_.cols(), 1, 0, x, out, add, prefetch});
-    if (straight) return;
-    for (std::int64_t r = 0; r < rows; ++r)
-      for (std::int64_t c = 0; c < columns; ++c) {
-        const float value = out[r][c] + (bias_.empty() ? 0.0f : bias_[column + c]);
-        float& y = y_(row + r, column + c);
-        y = add_ ? y + value : value;
+    const std::byte* panel = packed(p) + scale_bytes(format_);
+    kernels_.multiply[static_cast<int>(format_)][kernel](
+        {panel, reinterpret_cast<const float*>(packed(p)), x_.cols, 1, 0, x, x_sums, out, false,
+         reinterpret_cast<const char*>(panel) + kPrefetchBytes});
+  }
+
+  void multiply_tiles(std::int64_t p, std::int64_t rows) const {
+    const std::byte* panel = packed(p) + scale_bytes(format_);
+    const std::int64_t tiles = TiledRows::num_tiles(rows);
+    Prefetcher next(packed(p + 1), weight_.panel_bytes());
+    for (std::int64_t b = 0; b < tiles_.blocks(); ++b) {
+      const std::int64_t steps = std::min(kTileSteps, x_.cols - b * kTileSteps);
+      kernels_.unpack[static_cast<int>(format_)](
+          panel + b * cleave::panel_bytes(format_, kTileSteps), steps,
+          reinterpret_cast<const float*>(packed(p)), unpacked_);
+      for (std::int64_t t = 0; t < tiles; ++t) {
+        float* out[kTileRows];
+        for (std::int64_t r = 0; r < kTileRows; ++r)
+          out[r] = results_ + (t * kTileRows + r) * kPanelWidth;
+        tile_kernel(kernels_, rows,
+                    t)({unpacked_, steps, 1, tiles_.block(t, b), out, b > 0, next.next(steps)});
       }
+    }
+  }
+
+  void store(std::int64_t p, std::int64_t row_begin, std::int64_t rows) const {
+    const std::int64_t column = p * kPanelWidth;
+    const std::int64_t columns = std::min(kPanelWidth, y_.cols - column);
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const float* from = results_ + r * kPanelWidth;
+      float* to = y_.row(row_begin + r) + column;
+      if (add_)
+        for (std::int64_t c = 0; c < columns; ++c) to[c] += from[c];
+      else
+        std::copy_n(from, columns, to);
+      if (!bias_.empty())
+        for (std::int64_t c = 0; c < columns; ++c) to[c] += bias_[column + c];
+    }
   }
 
   const PackedLinear& weight_;
@@ -87,6 +122,10 @@ class PanelLoop {
   bool add_;
   PanelFormat format_;
   const PanelKernels& kernels_;
+  float* results_;   // [rows of a pass, 32]
+  float* unpacked_;  // [kTileSteps, 32]
+  float* sums_;      // [8, ceil(K / 32)] of x, for kInt4
+  TiledRows tiles_;  // x
 };
 
 }  // namespace
@@ -95,36 +134,33 @@ void linear(const PackedLinear& weight, MatrixView<const float> x, std::span<con
             MatrixView<float> y, bool add, Workspace& workspace, const ParallelFor& parallel) {
   if (x.cols != weight.cols() || y.cols != weight.rows() || x.rows != y.rows ||
       (!bias.empty() && static_cast<std::int64_t>(bias.size()) != weight.rows()))
-    fail_argument("linear: x is [{}, {}], y [{}, {}] and bias [{}]; a weight [{}, {}] takes x [T, "
-                  "{}] and y [T, {}]",
-                  x.rows, x.cols, y.rows, y.cols, bias.size(), weight.rows(), weight.cols(),
-                  weight.cols(), weight.rows());
+    fail_argument(
+        "linear: x is [{}, {}], y [{}, {}] and bias [{}]; a weight [{}, {}] takes x [T, "
+        "{}] and y [T, {}]",
+        x.rows, x.cols, y.rows, y.cols, bias.size(), weight.rows(), weight.cols(), weight.cols(),
+        weight.rows());
   const std::int64_t T = x.rows, K = weight.cols();
   if (T == 0 || weight.rows() == 0) return;
   const std::int64_t panels = (weight.rows() + kPanelWidth - 1) / kPanelWidth;
   const std::int64_t parts = std::max(1, parallel.threads);
-  const auto room = static_cast<std::size_t>((K + kMaxPanelRows) * kPanelWidth);
-  auto* memory = reinterpret_cast<float*>(
-      workspace.get(room * sizeof(float) * static_cast<std::size_t>(parts)));
-  const std::int64_t pass =
-      std::max(kMinPassRows, kRowBytes / (4 * std::max<std::int64_t>(1, K)) / 12 * 12);
-  const PanelLoop loop(weight, x, bias, y, add);
+  const std::int64_t in_cache = kRowBytes / (4 * std::max<std::int64_t>(1, K));
+  const std::int64_t pass = std::min(T, std::max(kMinPassRows, in_cache / kTileRows * kTileRows));
   // Equal shares of the panels; of the rows where there are too few panels to share.
-  const bool cut_rows = panels < 4 * parts && T >= 12 * parts;
-  const std::int64_t n = cut_rows ? (T + 11) / 12 : panels;
-  const std::int64_t macs = kPanelWidth * K * (cut_rows ? 12 * panels : T);
-  const std::int64_t wanted = std::clamp<std::int64_t>(
-      n * macs / kPartMacs, 1, std::min(parts, n));
+  const bool cut_rows = panels < 4 * parts && T >= kTileRows * parts;
+  const std::int64_t n = cut_rows ? TiledRows::num_tiles(T) : panels;
+  const std::int64_t macs = kPanelWidth * K * (cut_rows ? kTileRows * panels : T);
+  const std::int64_t wanted = std::clamp<std::int64_t>(n * macs / kPartMacs, 1, std::min(parts, n));
+  const std::int64_t room = (PanelLoop::scratch_size(pass, K) + 15) / 16 * 16;
+  auto* memory = reinterpret_cast<float*>(
+      workspace.get(static_cast<std::size_t>(room * wanted) * sizeof(float)));
   parallel(wanted, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
     for (std::int64_t part = part_begin; part < part_end; ++part) {
-      float* mine = memory + room * static_cast<std::size_t>(part);
-      const PanelScratch scratch{mine, mine + K * kPanelWidth};
+      const PanelLoop loop(weight, x, bias, y, add, pass, memory + room * part);
       const std::int64_t begin = n * part / wanted, end = n * (part + 1) / wanted;
-      const std::int64_t first = cut_rows ? begin * 12 : 0;
-      const std::int64_t last = cut_rows ? std::min(T, end * 12) : T;
+      const std::int64_t first = cut_rows ? begin * kTileRows : 0;
+      const std::int64_t last = cut_rows ? std::min(T, end * kTileRows) : T;
       for (std::int64_t row = first; row < last; row += pass)
-        loop.run(cut_rows ? 0 : begin, cut_rows ? panels : end, row, std::min(last, row + pass),
-                 scratch);
+        loop.run(cut_rows ? 0 : begin, cut_rows ? panels : end, row, std::min(pass, last - row));
     }
   });
 }

@@ -3,11 +3,14 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "kernels/isa/panel_isa.h"
+#include "kernels/packed_format.h"
 
 namespace cleave {
 
-/// Rows up to which a format is multiplied as it is stored; with more it is unpacked first.
+/// Bytes between what is used and what is asked of memory, where rows are few and wait for it.
+inline constexpr std::int64_t kPrefetchBytes = 4096;
+
+/// Rows up to which a format is multiplied as it is stored; with more it is unpacked, into tiles.
 inline std::int64_t direct_panel_rows(const PanelKernels& kernels, PanelFormat format) {
   std::int64_t most = 0;
   for (int i = 0; i < kNumPanelRows; ++i)
@@ -15,17 +18,69 @@ inline std::int64_t direct_panel_rows(const PanelKernels& kernels, PanelFormat f
   return most;
 }
 
-/// Cuts m rows into tiles: tile(first row, rows, index of the kernel); the kernel may take more rows
-/// than the tile has.
-template <typename Tile>
-void for_row_tiles(const PanelKernels& kernels, PanelFormat format, std::int64_t m, Tile&& tile) {
-  const std::int64_t most = direct_panel_rows(kernels, format);
-  for (std::int64_t row = 0; row < m; row += most) {
-    const std::int64_t rows = std::min(most, m - row);
-    int kernel = 0;
-    while (kPanelRows[kernel] < rows) ++kernel;
-    tile(row, rows, kernel);
+/// Index of the kernel for m rows, m at most direct_panel_rows().
+inline int panel_rows_index(std::int64_t m) {
+  int index = 0;
+  while (kPanelRows[index] < m) ++index;
+  return index;
+}
+
+/// sums[b] = sum of x over block b of kInt4's steps.
+inline void block_sums(const float* x, std::int64_t steps, float* sums) {
+  for (std::int64_t begin = 0; begin < steps; begin += kInt4Block) {
+    float sum = 0.0f;
+    for (std::int64_t s = begin; s < std::min(begin + kInt4Block, steps); ++s) sum += x[s];
+    sums[begin / kInt4Block] = sum;
   }
 }
+inline std::int64_t num_blocks(std::int64_t steps) { return (steps + kInt4Block - 1) / kInt4Block; }
+
+/// x in tiles: [tiles][blocks of kTileSteps][kTileRows][kTileStride].
+class TiledRows {
+ public:
+  TiledRows(float* memory, std::int64_t steps)
+      : memory_(memory), blocks_((steps + kTileSteps - 1) / kTileSteps) {}
+  static std::int64_t size(std::int64_t rows, std::int64_t steps) {
+    return num_tiles(rows) * ((steps + kTileSteps - 1) / kTileSteps) * kTileRows * kTileStride;
+  }
+  static std::int64_t num_tiles(std::int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+
+  std::int64_t blocks() const { return blocks_; }
+  float* block(std::int64_t tile, std::int64_t b) const {
+    return memory_ + (tile * blocks_ + b) * kTileRows * kTileStride;
+  }
+  /// Copies row r. [steps]
+  void set_row(std::int64_t r, const float* x, std::int64_t steps) const {
+    for (std::int64_t b = 0; b < blocks_; ++b)
+      std::copy_n(x + b * kTileSteps, std::min(kTileSteps, steps - b * kTileSteps),
+                  block(r / kTileRows, b) + r % kTileRows * kTileStride);
+  }
+
+ private:
+  float* memory_;
+  std::int64_t blocks_;
+};
+
+/// The kernel for the rows that tile `tile` of m rows has; it writes a multiple of 4.
+inline auto tile_kernel(const PanelKernels& kernels, std::int64_t m, std::int64_t tile) {
+  const std::int64_t rows = std::min<std::int64_t>(kTileRows, m - tile * kTileRows);
+  return kernels.multiply_tile[(rows + 3) / 4 - 1];
+}
+
+/// Hands out [begin, begin + bytes) to tile products, to be fetched while they run.
+class Prefetcher {
+ public:
+  Prefetcher(const void* begin, std::int64_t bytes)
+      : at_(static_cast<const char*>(begin)), end_(at_ + bytes) {}
+  const char* next(std::int64_t steps) {
+    if (at_ >= end_) return nullptr;
+    const char* now = at_;
+    at_ += steps * 32;
+    return now;
+  }
+
+ private:
+  const char *at_, *end_;
+};
 
 }  // namespace cleave

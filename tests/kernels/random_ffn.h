@@ -78,18 +78,18 @@ inline double ffn_bound(std::int64_t D, std::int64_t H) {
 inline double sum_bound(std::int64_t n) { return static_cast<double>(n) * kEpsilon; }
 
 inline constexpr Activation kActivations[] = {Activation::kSilu,     Activation::kGelu,
-                                       Activation::kGeluTanh, Activation::kRelu,
-                                       Activation::kRelu2,    Activation::kIdentity};
+                                              Activation::kGeluTanh, Activation::kRelu,
+                                              Activation::kRelu2,    Activation::kIdentity};
 
 inline void expect_near(const OwnedMatrix& actual, const OwnedMatrix& expected,
-                 const OwnedMatrix& magnitude, double bound) {
+                        const OwnedMatrix& magnitude, double bound) {
   for (std::size_t i = 0; i < expected.values.size(); ++i)
     ASSERT_NEAR(actual.values[i], expected.values[i], bound * magnitude.values[i])
         << "token " << i / expected.cols << " column " << i % expected.cols;
 }
 
-inline DenseFfn random_dense(std::mt19937& rng, std::int64_t D, std::int64_t H, bool gated, bool biases,
-                      Activation activation) {
+inline DenseFfn random_dense(std::mt19937& rng, std::int64_t D, std::int64_t H, bool gated,
+                             bool biases, Activation activation) {
   DenseFfn ffn;
   ffn.hidden = H;
   ffn.d_model = D;

@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -80,8 +81,8 @@ CLEAVE_INLINE Floats from_halves(const void* from) {
 
 CLEAVE_INLINE Floats from_bytes(const void* from) {
 #if defined(__AVX512F__)
-  const __m512 wide = _mm512_cvtepi32_ps(
-      _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
+  const __m512 wide =
+      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
   return load<Floats>(&wide);
 #else
   return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
@@ -90,198 +91,195 @@ CLEAVE_INLINE Floats from_bytes(const void* from) {
 
 CLEAVE_INLINE Ints from_unsigned_bytes(const void* from) {
 #if defined(__AVX512F__)
-  const __m512i wide =
-      _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
   return load<Ints>(&wide);
 #else
   return __builtin_convertvector(load<UnsignedBytes>(from), Ints);
 #endif
 }
 
-// ---- formats: step(s) of a block to two vectors of weights ------------------------------------
+// ---- formats: step s of a group of steps, to two vectors of weights ---------------------------
 //
-// kSteps: steps that one load of kBytes serves. kBlockSteps: steps between two block headers (0: none).
-// A format object is made per block, and reads the header.
+// kGroup steps lie together in kGroupBytes (at least a whole number of cache lines per two steps,
+// so that a step's index within a group is a constant after unrolling).
 
 struct F32 {
-  static constexpr std::int64_t kSteps = 1, kBlockSteps = 0, kBytes = 128;
-  static constexpr bool kScaledLanes = false;
-  static CLEAVE_INLINE const char* at(const char* panel, std::int64_t step) {
-    return panel + step * 128;
-  }
-  CLEAVE_INLINE explicit F32(const char*) {}
-  CLEAVE_INLINE void weights(const char* p, Floats (&w)[1][2]) const {
-    w[0][0] = load<Floats>(p);
-    w[0][1] = load<Floats>(p + 64);
+  static constexpr std::int64_t kGroup = 1, kGroupBytes = 128;
+  static CLEAVE_INLINE void step(const char* p, std::int64_t, Floats& w0, Floats& w1) {
+    w0 = load<Floats>(p);
+    w1 = load<Floats>(p + 64);
   }
 };
 
 // Pairs of steps side by side in one 32-bit lane, the layout of the bfloat16 dot-product
 // instructions.
 struct BF16 {
-  static constexpr std::int64_t kSteps = 2, kBlockSteps = 0, kBytes = 128;
-  static constexpr bool kScaledLanes = false;
-  static CLEAVE_INLINE const char* at(const char* panel, std::int64_t step) {
-    return panel + step * 64;
-  }
-  CLEAVE_INLINE explicit BF16(const char*) {}
-  CLEAVE_INLINE void weights(const char* p, Floats (&w)[2][2]) const {
+  static constexpr std::int64_t kGroup = 2, kGroupBytes = 128;
+  static CLEAVE_INLINE void step(const char* p, std::int64_t s, Floats& w0, Floats& w1) {
     const Words a = load<Words>(p), b = load<Words>(p + 64);
-    w[0][0] = as_floats(a << 16);
-    w[0][1] = as_floats(b << 16);
-    w[1][0] = as_floats(a & 0xffff0000u);
-    w[1][1] = as_floats(b & 0xffff0000u);
+    w0 = as_floats(s == 0 ? a << 16 : a & 0xffff0000u);
+    w1 = as_floats(s == 0 ? b << 16 : b & 0xffff0000u);
   }
 };
 
 struct F16 {
-  static constexpr std::int64_t kSteps = 1, kBlockSteps = 0, kBytes = 64;
-  static constexpr bool kScaledLanes = false;
-  static CLEAVE_INLINE const char* at(const char* panel, std::int64_t step) {
-    return panel + step * 64;
-  }
-  CLEAVE_INLINE explicit F16(const char*) {}
-  CLEAVE_INLINE void weights(const char* p, Floats (&w)[1][2]) const {
-    w[0][0] = from_halves(p);
-    w[0][1] = from_halves(p + 32);
+  static constexpr std::int64_t kGroup = 1, kGroupBytes = 64;
+  static CLEAVE_INLINE void step(const char* p, std::int64_t, Floats& w0, Floats& w1) {
+    w0 = from_halves(p);
+    w1 = from_halves(p + 32);
   }
 };
 
-struct Int8Steps {
-  static constexpr std::int64_t kSteps = 1, kBlockSteps = 0, kBytes = 32;
-  static constexpr bool kScaledLanes = false;
-  static CLEAVE_INLINE const char* at(const char* panel, std::int64_t step) {
-    return panel + step * 32;
-  }
-  CLEAVE_INLINE explicit Int8Steps(const char*) {}
-  CLEAVE_INLINE void weights(const char* p, Floats (&w)[1][2]) const {
-    w[0][0] = from_bytes(p);
-    w[0][1] = from_bytes(p + 16);
+struct Int8 {
+  static constexpr std::int64_t kGroup = 2, kGroupBytes = 64;
+  static CLEAVE_INLINE void step(const char* p, std::int64_t s, Floats& w0, Floats& w1) {
+    w0 = from_bytes(p + s * 32);
+    w1 = from_bytes(p + s * 32 + 16);
   }
 };
 
-// [32 scales, float] [steps][32 bytes]
-struct Int8 : Int8Steps {
-  static constexpr bool kScaledLanes = true;
-  static CLEAVE_INLINE const char* at(const char* panel, std::int64_t step) {
-    return panel + 128 + step * 32;
-  }
-  using Int8Steps::Int8Steps;
-};
-
-// Per block of 32 steps: [32 scales, half] [32 minima, half] [32 steps][16 bytes]; the low half of
-// a byte is lane i, the high half lane 16 + i.
+// A lane's nibbles of 8 steps in one 32-bit word. A nibble becomes the upper four bits of a
+// mantissa, that is 1 + q / 16: one shift and one three-way logic operation, no conversion. The
+// block's scale, and the 1, are put right once per block (fold).
 struct Int4 {
-  static constexpr std::int64_t kSteps = 1, kBlockSteps = 32, kBytes = 16;
-  static constexpr bool kScaledLanes = false;
-  static constexpr std::int64_t kHeader = 128, kBlockBytes = kHeader + 32 * 16;
-  static CLEAVE_INLINE const char* at(const char* panel, std::int64_t step) {
-    return panel + step / 32 * kBlockBytes + kHeader + step % 32 * 16;
+  static constexpr std::int64_t kGroup = 8, kGroupBytes = 128;
+  static CLEAVE_INLINE void step(const char* p, std::int64_t s, Floats& w0, Floats& w1) {
+    w0 = mantissa(load<Words>(p), s);
+    w1 = mantissa(load<Words>(p + 64), s);
   }
-  CLEAVE_INLINE explicit Int4(const char* block) {
-    scale_[0] = from_halves(block - kHeader);
-    scale_[1] = from_halves(block - kHeader + 32);
-    minimum_[0] = from_halves(block - kHeader + 64);
-    minimum_[1] = from_halves(block - kHeader + 96);
+  static CLEAVE_INLINE Floats mantissa(const Words& nibbles, std::int64_t s) {
+    const int shift = 19 - 4 * static_cast<int>(s);  // bits 4 s .. 4 s + 3 to 19 .. 22
+    const Words at = shift >= 0 ? nibbles << (shift & 31) : nibbles >> (-shift & 31);
+#if defined(__AVX512F__)
+    __m512i v =
+        _mm512_ternarylogic_epi32(reinterpret_cast<const __m512i&>(at), _mm512_set1_epi32(0x780000),
+                                  _mm512_set1_epi32(0x3f800000), 0xea);  // (a & b) | c
+    return load<Floats>(&v);
+#else
+    return as_floats((at & 0x780000u) | 0x3f800000u);
+#endif
   }
-  CLEAVE_INLINE void weights(const char* p, Floats (&w)[1][2]) const {
-    const Ints both = from_unsigned_bytes(p);
-    w[0][0] = __builtin_convertvector(both & 15, Floats) * scale_[0] + minimum_[0];
-    w[0][1] = __builtin_convertvector(both >> 4, Floats) * scale_[1] + minimum_[1];
-  }
-  Floats scale_[2], minimum_[2];
 };
 
-// Per step: [scale, float] [minimum, float] ... kept together for 16 steps, so that every part is
-// aligned: [16 scales][16 minima] [16 steps][16 bytes].
-struct Int4Steps {
-  static constexpr std::int64_t kSteps = 1, kBlockSteps = 16, kBytes = 16;
-  static constexpr bool kScaledLanes = false;
-  static constexpr std::int64_t kHeader = 64, kBlockBytes = kHeader + 16 * 16;
-  static CLEAVE_INLINE const char* at(const char* panel, std::int64_t step) {
-    return panel + step / 16 * kBlockBytes + kHeader + step % 16 * 16;
+/// Scales and minima of 32 lanes for a block of int4: w = scale * (v - 1) + minimum, where v is
+/// what step() gives.
+struct Int4Block {
+  static constexpr std::int64_t kSteps = kInt4Block, kHeader = 64;
+  CLEAVE_INLINE Int4Block(const char* header, const float* unit) {
+    for (int half = 0; half < 2; ++half) {
+      scale[half] = __builtin_convertvector(from_unsigned_bytes(header + 16 * half), Floats) *
+                    splat(16.0f * unit[0]);
+      offset[half] = __builtin_convertvector(from_unsigned_bytes(header + 32 + 16 * half), Floats) *
+                         splat(unit[1]) -
+                     scale[half];
+    }
   }
-  CLEAVE_INLINE explicit Int4Steps(const char* block) : first_(block) {
-    store(from_halves(block - kHeader), scale_);
-    store(from_halves(block - kHeader + 32), minimum_);
-  }
-  CLEAVE_INLINE void weights(const char* p, Floats (&w)[1][2]) const {
-    const std::int64_t step = (p - first_) / 16;
-    const Ints both = from_unsigned_bytes(p);
-    w[0][0] = __builtin_convertvector(both & 15, Floats) * scale_[step] + minimum_[step];
-    w[0][1] = __builtin_convertvector(both >> 4, Floats) * scale_[step] + minimum_[step];
-  }
-  const char* first_;
-  float scale_[16], minimum_[16];
+  Floats scale[2], offset[2];  ///< w = scale * v + offset
 };
 
 // ---- the product ------------------------------------------------------------------------------
 
-template <typename Format, int kRows>
-CLEAVE_INLINE void accumulate(const char* p, const Format& format, const float* const* x,
-                              std::int64_t step, std::int64_t use, Floats (&sum)[kRows][2]) {
-  Floats w[Format::kSteps][2];
-  format.weights(p, w);
-  for (std::int64_t s = 0; s < use; ++s)
+template <int kChains, int kRows>
+using Sums = Floats[kChains][kRows][2];
+
+/// sums += weights of steps [begin, end) times x; `p`: the group of `begin`.
+template <typename Format, int kRows, int kChains>
+CLEAVE_INLINE void accumulate(const char* p, const float* const* x, std::int64_t begin,
+                              std::int64_t end, const char*& prefetch, std::int64_t prefetch_stride,
+                              Sums<kChains, kRows>& sums) {
+  constexpr std::int64_t kUnroll = Format::kGroup < kChains ? kChains : Format::kGroup;
+  constexpr std::int64_t kBytes = Format::kGroupBytes * (kUnroll / Format::kGroup);
+  std::int64_t step = begin;
+  for (; step + kUnroll <= end; step += kUnroll, p += kBytes) {
+#pragma GCC unroll 8
+    for (std::int64_t line = 0; line < kBytes; line += 64)
+      __builtin_prefetch(prefetch + line, 0, 3);
+    prefetch += prefetch_stride * kBytes;
+#pragma GCC unroll 8
+    for (std::int64_t s = 0; s < kUnroll; ++s) {
+      Floats w0, w1;
+      Format::step(p + s / Format::kGroup * Format::kGroupBytes, s % Format::kGroup, w0, w1);
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      const Floats value = splat(x[r][step + s]);
-      sum[r][0] += value * w[s][0];
-      sum[r][1] += value * w[s][1];
+      for (int r = 0; r < kRows; ++r) {
+        const Floats value = splat(x[r][step + s]);
+        sums[s % kChains][r][0] += value * w0;
+        sums[s % kChains][r][1] += value * w1;
+      }
     }
+  }
+  for (std::int64_t s = 0; step < end; ++s, ++step) {
+    Floats w0, w1;
+    Format::step(p + s / Format::kGroup * Format::kGroupBytes, s % Format::kGroup, w0, w1);
+    for (int r = 0; r < kRows; ++r) {
+      const Floats value = splat(x[r][step]);
+      sums[0][r][0] += value * w0;
+      sums[0][r][1] += value * w1;
+    }
+  }
 }
 
-template <typename Format, int kRows>
-void multiply_rows(const PanelProduct& product, int first_row) {
-  const float* x[kRows];
-  for (int r = 0; r < kRows; ++r) x[r] = product.x[first_row + r];
-  // A sum that waits for its predecessor's addition takes 4 cycles; few rows take turns between
-  // several sums.
-  constexpr int kChains = kRows == 1 ? 4 : kRows == 2 ? 2 : 1;
-  constexpr std::int64_t kStride = Format::kSteps * kChains;
-  const std::int64_t steps = product.steps;
-  const std::int64_t block = Format::kBlockSteps > 0 ? Format::kBlockSteps : steps;
-  // Without a target the same line is asked for again and again, which costs next to nothing.
-  const auto* panel = static_cast<const char*>(product.panel);
-  const char* prefetch = product.prefetch != nullptr ? product.prefetch : panel;
-  const std::int64_t prefetch_stride = product.prefetch != nullptr ? 64 * kStride : 0;
-  for (std::int64_t i = 0; i < product.panels; ++i, panel += product.panel_bytes) {
-    Floats sums[kChains][kRows][2] = {};
-    Floats(&sum)[kRows][2] = sums[0];
-    for (std::int64_t begin = 0; begin < steps; begin += block) {
-      const std::int64_t end = begin + block < steps ? begin + block : steps;
-      const char* p = Format::at(panel, begin);
-      const Format format(p);
-      const std::int64_t whole = begin + (end - begin) / kStride * kStride;
-      std::int64_t step = begin;
-      for (; step < whole; step += kStride) {
-        __builtin_prefetch(prefetch, 0, 2);
-        prefetch += prefetch_stride;
-#pragma GCC unroll 4
-        for (int c = 0; c < kChains; ++c) {
-          accumulate<Format, kRows>(p, format, x, step + c * Format::kSteps, Format::kSteps,
-                                    sums[c]);
-          p += Format::kBytes;
-        }
-      }
-      for (; step < end; step += Format::kSteps) {
-        const std::int64_t use = end - step < Format::kSteps ? end - step : Format::kSteps;
-        accumulate<Format, kRows>(p, format, x, step, use, sum);
-        p += Format::kBytes;
+template <int kRows, int kChains>
+CLEAVE_INLINE void join(Sums<kChains, kRows>& sums) {
+  for (int c = 1; c < kChains; ++c)
+    for (int r = 0; r < kRows; ++r)
+      for (int half = 0; half < 2; ++half) sums[0][r][half] += sums[c][r][half];
+}
+
+/// All steps of one panel into sum.
+template <typename Format, int kRows, int kChains>
+CLEAVE_INLINE void panel_sum(const char* panel, const PanelProduct& product, const float* const* x,
+                             const float* const* x_sums, const char*& prefetch,
+                             std::int64_t prefetch_stride, Floats (&sum)[kRows][2]) {
+  Sums<kChains, kRows> sums = {};
+  if constexpr (std::is_same_v<Format, Int4>) {
+    for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = Floats{};
+    for (std::int64_t begin = 0; begin < product.steps; begin += Int4Block::kSteps) {
+      const std::int64_t end =
+          begin + Int4Block::kSteps < product.steps ? begin + Int4Block::kSteps : product.steps;
+      const Int4Block block(panel, product.scales);
+      panel += Int4Block::kHeader;
+      for (int c = 0; c < kChains; ++c)
+        for (int r = 0; r < kRows; ++r) sums[c][r][0] = sums[c][r][1] = Floats{};
+      accumulate<Format, kRows, kChains>(panel, x, begin, end, prefetch, prefetch_stride, sums);
+      panel += Int4Block::kSteps / Format::kGroup * Format::kGroupBytes;
+      join<kRows, kChains>(sums);
+      for (int r = 0; r < kRows; ++r) {
+        const Floats in = splat(x_sums[r][begin / Int4Block::kSteps]);
+        for (int half = 0; half < 2; ++half)
+          sum[r][half] += sums[0][r][half] * block.scale[half] + in * block.offset[half];
       }
     }
-    for (int c = 1; c < kChains; ++c)
-      for (int r = 0; r < kRows; ++r) {
-        sum[r][0] += sums[c][r][0];
-        sum[r][1] += sums[c][r][1];
+  } else {
+    accumulate<Format, kRows, kChains>(panel, x, 0, product.steps, prefetch, prefetch_stride, sums);
+    join<kRows, kChains>(sums);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+      for (int half = 0; half < 2; ++half) {
+        sum[r][half] = sums[0][r][half];
+        if constexpr (std::is_same_v<Format, Int8>)
+          sum[r][half] *= load<Floats>(product.scales + 16 * half);
       }
+  }
+}
+
+template <typename Format, int kRows, int kChains>
+CLEAVE_INLINE void multiply_rows(const PanelProduct& product, int first_row) {
+  const float* x[kRows];
+  const float* x_sums[kRows] = {};
+  for (int r = 0; r < kRows; ++r) {
+    x[r] = product.x[first_row + r];
+    if constexpr (std::is_same_v<Format, Int4>) x_sums[r] = product.x_sums[first_row + r];
+  }
+  const auto* panel = static_cast<const char*>(product.panel);
+  // Without a target the same lines are asked for again and again, which costs next to nothing.
+  const char* prefetch = product.prefetch != nullptr ? product.prefetch : panel;
+  const std::int64_t prefetch_stride = product.prefetch != nullptr ? 1 : 0;
+  for (std::int64_t i = 0; i < product.panels; ++i, panel += product.panel_bytes) {
+    Floats sum[kRows][2];
+    panel_sum<Format, kRows, kChains>(panel, product, x, x_sums, prefetch, prefetch_stride, sum);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       float* y = product.y[first_row + r] + i * kPanelWidth;
-      if constexpr (Format::kScaledLanes) {
-        sum[r][0] *= load<Floats>(panel);
-        sum[r][1] *= load<Floats>(panel + 64);
-      }
       if (product.add) {
         sum[r][0] += load<Floats>(y);
         sum[r][1] += load<Floats>(y + 16);
@@ -295,36 +293,104 @@ void multiply_rows(const PanelProduct& product, int first_row) {
 template <typename Format, int kRows>
 void multiply(const PanelProduct& product) {
   if constexpr (kRows <= kRegisterRows) {
-    multiply_rows<Format, kRows>(product, 0);
+    // A sum that waits for its predecessor's addition takes 4 cycles; few rows take turns between
+    // several sums. Short panels overlap anyway.
+    constexpr int kChains = kRows == 1   ? (std::is_same_v<Format, Int4> ? 2 : 4)
+                            : kRows == 2 ? 2
+                                         : 1;
+    if (kRows == 1 && product.steps <= 32)
+      multiply_rows<Format, kRows, 2>(product, 0);
+    else
+      multiply_rows<Format, kRows, kChains>(product, 0);
   } else {
-    constexpr int kPart = kRows % kRegisterRows == 0 ? kRegisterRows : 2;
+    constexpr int kPart = 2;
     static_assert(kRows % kPart == 0);
-    for (int r = 0; r < kRows; r += kPart) multiply_rows<Format, kPart>(product, r);
+    for (int r = 0; r < kRows; r += kPart) multiply_rows<Format, kPart, 1>(product, r);
   }
 }
 
-template <typename Format>
-void unpack(const void* panel_in, std::int64_t steps, float* out) {
-  const auto* panel = static_cast<const char*>(panel_in);
-  const std::int64_t block = Format::kBlockSteps > 0 ? Format::kBlockSteps : steps;
-  Floats lane_scale[2] = {splat(1.0f), splat(1.0f)};
-  if constexpr (Format::kScaledLanes) {
-    lane_scale[0] = load<Floats>(panel);
-    lane_scale[1] = load<Floats>(panel + 64);
+template <int kRows>
+CLEAVE_INLINE void tile_rows(const TileProduct& product, int first_row) {
+  const float* w = product.panel;
+  float* const* y = product.y + first_row;
+  const char* prefetch =
+      product.prefetch != nullptr ? product.prefetch : reinterpret_cast<const char*>(w);
+  const std::int64_t prefetch_stride = product.prefetch != nullptr ? 64 : 0;
+  for (std::int64_t i = 0; i < product.panels; ++i) {
+    const float* x = product.x + first_row * kTileStride;
+    const std::int64_t column = i * kPanelWidth;
+    Floats sum[kRows][2];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+      for (int half = 0; half < 2; ++half)
+        sum[r][half] = product.add ? load<Floats>(y[r] + column + 16 * half) : Floats{};
+    const auto step = [&](std::int64_t s) __attribute__((always_inline)) {
+      const Floats w0 = load<Floats>(w + s * kPanelWidth);
+      const Floats w1 = load<Floats>(w + s * kPanelWidth + 16);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const Floats value = splat(x[r * kTileStride + s]);
+        sum[r][0] += value * w0;
+        sum[r][1] += value * w1;
+      }
+    };
+    // One line at a time: a burst would wait for the few that a core can have on their way.
+    std::int64_t left = product.steps;
+    for (; left >= 2; left -= 2, w += 2 * kPanelWidth, x += 2) {
+      __builtin_prefetch(prefetch, 0, 2);
+      prefetch += prefetch_stride;
+      step(0);
+      step(1);
+    }
+    if (left > 0) {
+      step(0);
+      w += kPanelWidth;
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r)
+      for (int half = 0; half < 2; ++half) store(sum[r][half], y[r] + column + 16 * half);
   }
-  for (std::int64_t begin = 0; begin < steps; begin += block) {
-    const std::int64_t end = begin + block < steps ? begin + block : steps;
-    const char* p = Format::at(panel, begin);
-    const Format format(p);
-    for (std::int64_t step = begin; step < end; step += Format::kSteps) {
-      Floats w[Format::kSteps][2];
-      format.weights(p, w);
-      p += Format::kBytes;
-      for (std::int64_t s = 0; s < Format::kSteps && step + s < end; ++s)
+}
+
+template <int kRows>
+void multiply_tile(const TileProduct& product) {
+  if constexpr (kRows <= kRegisterRows)
+    tile_rows<kRows>(product, 0);
+  else
+    for (int r = 0; r < kRows; r += kRows % 3 == 0 ? 3 : 2)
+      tile_rows<kRows % 3 == 0 ? 3 : 2>(product, r);
+}
+
+template <typename Format>
+void unpack(const void* panel_in, std::int64_t steps, const float* scales, float* out) {
+  const auto* panel = static_cast<const char*>(panel_in);
+  constexpr std::int64_t kBlock = std::is_same_v<Format, Int4> ? Int4Block::kSteps : 1 << 30;
+  for (std::int64_t begin = 0; begin < steps; begin += kBlock) {
+    const std::int64_t end = begin + kBlock < steps ? begin + kBlock : steps;
+    Floats scale[2] = {splat(1.0f), splat(1.0f)}, offset[2] = {};
+    if constexpr (std::is_same_v<Format, Int4>) {
+      const Int4Block block(panel, scales);
+      panel += Int4Block::kHeader;
+      for (int half = 0; half < 2; ++half) {
+        scale[half] = block.scale[half];
+        offset[half] = block.offset[half];
+      }
+    } else if constexpr (std::is_same_v<Format, Int8>) {
+      for (int half = 0; half < 2; ++half) scale[half] = load<Floats>(scales + 16 * half);
+    }
+    for (std::int64_t group = begin; group < end; group += Format::kGroup) {
+#pragma GCC unroll 8
+      for (std::int64_t s = 0; s < Format::kGroup; ++s) {
+        if (group + s >= end) break;
+        Floats w[2];
+        Format::step(panel, s, w[0], w[1]);
         for (int half = 0; half < 2; ++half) {
-          if constexpr (Format::kScaledLanes) w[s][half] *= lane_scale[half];
-          store(w[s][half], out + (step + s) * kPanelWidth + half * 16);
+          if constexpr (std::is_same_v<Format, Int4> || std::is_same_v<Format, Int8>)
+            w[half] = w[half] * scale[half] + offset[half];
+          store(w[half], out + (group + s) * kPanelWidth + 16 * half);
         }
+      }
+      panel += Format::kGroupBytes;
     }
   }
 }
@@ -381,10 +447,10 @@ CLEAVE_INLINE Floats act(Activation activation, const Floats& x) {
   return x;
 }
 
-void activate(Activation activation, bool gated, std::int64_t rows, const float* const* in,
-              const float* weight, const float* step_scale, float* const* h) {
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const Floats first = load<Floats>(in[r]), second = load<Floats>(in[r] + 16);
+void activate(Activation activation, bool gated, std::int64_t rows, const float* in,
+              const float* weight, const float* step_scale, float* h) {
+  for (std::int64_t r = 0; r < rows; ++r, in += kPanelWidth, h += kTileStride) {
+    const Floats first = load<Floats>(in), second = load<Floats>(in + 16);
     const Floats scale = splat(weight[r]);
     Floats out[2] = {act(activation, first) * scale, {}};
     if (gated)
@@ -393,26 +459,21 @@ void activate(Activation activation, bool gated, std::int64_t rows, const float*
       out[1] = act(activation, second) * scale;
     for (int half = 0; half < (gated ? 1 : 2); ++half) {
       if (step_scale != nullptr) out[half] *= load<Floats>(step_scale + half * 16);
-      store(out[half], h[r] + half * 16);
+      store(out[half], h + half * 16);
     }
   }
 }
 
 constexpr PanelKernels kPanels = {
     {
-        {multiply<F32, 1>, multiply<F32, 2>, multiply<F32, 4>, multiply<F32, 6>, multiply<F32, 8>,
-         multiply<F32, 12>},
-        {multiply<BF16, 1>, multiply<BF16, 2>, multiply<BF16, 4>, multiply<BF16, 6>,
-         multiply<BF16, 8>, multiply<BF16, 12>},
-        {multiply<F16, 1>, multiply<F16, 2>, multiply<F16, 4>, multiply<F16, 6>, multiply<F16, 8>,
-         multiply<F16, 12>},
-        {multiply<Int8, 1>, multiply<Int8, 2>, multiply<Int8, 4>},
-        {multiply<Int4, 1>, multiply<Int4, 2>, multiply<Int4, 4>},
-        {multiply<Int8Steps, 1>, multiply<Int8Steps, 2>, multiply<Int8Steps, 4>},
-        {multiply<Int4Steps, 1>, multiply<Int4Steps, 2>, multiply<Int4Steps, 4>},
+        {multiply<F32, 1>, multiply<F32, 2>, multiply<F32, 4>, multiply<F32, 8>},
+        {multiply<BF16, 1>, multiply<BF16, 2>, multiply<BF16, 4>, multiply<BF16, 8>},
+        {multiply<F16, 1>, multiply<F16, 2>, multiply<F16, 4>, multiply<F16, 8>},
+        {multiply<Int8, 1>, multiply<Int8, 2>, multiply<Int8, 4>, nullptr},
+        {multiply<Int4, 1>, multiply<Int4, 2>, multiply<Int4, 4>, nullptr},
     },
-    {unpack<F32>, unpack<BF16>, unpack<F16>, unpack<Int8>, unpack<Int4>, unpack<Int8Steps>,
-     unpack<Int4Steps>},
+    {multiply_tile<4>, multiply_tile<8>, multiply_tile<12>},
+    {unpack<F32>, unpack<BF16>, unpack<F16>, unpack<Int8>, unpack<Int4>},
     activate,
 };
 

@@ -12,46 +12,67 @@ namespace cleave {
 /// the second half the up rows of the same 16 neurons.
 inline constexpr std::int64_t kPanelWidth = 32;
 
-/// How a panel's weights are stored. The last two serve the down projection, whose scales belong to
-/// the steps (hidden neurons), not to the lanes.
-enum class PanelFormat {
-  kF32,
-  kBF16,
-  kF16,
-  kInt8,       ///< a scale per lane
-  kInt4,       ///< scale and minimum per lane and 32 steps
-  kInt8Steps,  ///< the scale of a step is the caller's to apply, to its input
-  kInt4Steps,  ///< scale and minimum per step and 32 lanes
-};
-inline constexpr int kNumPanelFormats = 7;
+/// How a panel's weights are stored.
+enum class PanelFormat { kF32, kBF16, kF16, kInt8, kInt4 };
+inline constexpr int kNumPanelFormats = 5;
 
-/// Rows of x that one call takes, by index into PanelKernels. More rows share each weight that is
-/// read; what takes long to decode, or serves more rows than that, is unpacked first.
-inline constexpr int kPanelRows[] = {1, 2, 4, 6, 8, 12};
-inline constexpr int kNumPanelRows = 6;
-inline constexpr int kMaxPanelRows = 12;
+/// Rows of x that one call of multiply() takes, by index into PanelKernels: more rows share each
+/// weight that is read. More rows than these are tiles.
+inline constexpr int kPanelRows[] = {1, 2, 4, 8};
+inline constexpr int kNumPanelRows = 4;
+inline constexpr int kMaxPanelRows = 8;
+
+/// Many rows go in tiles of 12, against float32 weights, 128 steps at a time: 16 kB of weights and
+/// 7 kB of x stay in a first-level cache. Rows of a tile lie kTileStride floats apart: a constant,
+/// so that 12 rows need one address register; and no power of two, so that they do not fall into
+/// the same cache set.
+inline constexpr int kTileRows = 12;
+inline constexpr std::int64_t kTileSteps = 128;
+inline constexpr std::int64_t kTileStride = kTileSteps + 16;
 
 /// y[r][32 i + lane] (+)= sum over s < steps of x[r][s] * weight_i(s)[lane], for panels i.
 struct PanelProduct {
-  const void* panel;  ///< the first
+  const void* panel;    ///< the first
+  const float* scales;  ///< kInt8: of each lane [32]. kInt4: units of scales and minima [2]
   std::int64_t steps;
   std::int64_t panels;       ///< how many, side by side in y
   std::int64_t panel_bytes;  ///< between two of them
   const float* const* x;     ///< a pointer per row, to `steps` floats
-  float* const* y;           ///< a pointer per row, to 32 * panels floats
-  bool add;                  ///< to y; otherwise y is overwritten
-  const char* prefetch;      ///< one cache line from here per step, for a later call; or nullptr
+  const float* const*
+      x_sums;            ///< kInt4: a pointer per row, to the sums of x over blocks of 32 steps
+  float* const* y;       ///< a pointer per row, to 32 * panels floats
+  bool add;              ///< to y; otherwise y is overwritten
+  const char* prefetch;  ///< what to fetch from memory meanwhile, at the pace of the panel's own
+                         ///< bytes; or nullptr
+};
+
+/// Steps of kInt4 that share a lane's scale.
+inline constexpr std::int64_t kInt4Block = 32;
+
+/// y[r][32 i + lane] (+)= sum over s < steps of x[r * kTileStride + s] * panel[i][s][lane].
+struct TileProduct {
+  const float* panel;  ///< [panels, steps, 32]
+  std::int64_t steps;  ///< at most kTileSteps
+  std::int64_t panels;
+  const float* x;   ///< [rows, kTileStride]
+  float* const* y;  ///< a pointer per row, to 32 * panels floats
+  bool add;
+  const char* prefetch;  ///< what to fetch from memory meanwhile: 32 bytes per step; or nullptr
 };
 
 struct PanelKernels {
   /// Indexed by format and row count; nullptr where the format is to be unpacked first.
   void (*multiply[kNumPanelFormats][kNumPanelRows])(const PanelProduct& product);
-  /// out [steps, 32] = the panel's weights (of kInt8Steps: without the scales).
-  void (*unpack[kNumPanelFormats])(const void* panel, std::int64_t steps, float* out);
+  /// Indexed by (rows + 3) / 4 - 1: for tiles of at most 4, 8 and 12 rows; writes that many.
+  void (*multiply_tile[kTileRows / 4])(const TileProduct& product);
+  /// out [steps, 32] = the panel's weights.
+  void (*unpack[kNumPanelFormats])(const void* panel, std::int64_t steps, const float* scales,
+                                   float* out);
   /// h[r][j] = weight[r] * act(in[r][j]) * in[r][16 + j] for j < 16; without a gate
   /// h[r][j] = weight[r] * act(in[r][j]) for j < 32. Times step_scale[j] unless that is nullptr.
-  void (*activate)(Activation activation, bool gated, std::int64_t rows, const float* const* in,
-                   const float* weight, const float* step_scale, float* const* h);
+  ///   in [rows, 32]   h: rows kTileStride apart
+  void (*activate)(Activation activation, bool gated, std::int64_t rows, const float* in,
+                   const float* weight, const float* step_scale, float* h);
 };
 
 namespace scalar {
