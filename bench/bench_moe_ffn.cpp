@@ -1,99 +1,97 @@
 // What does running K of E experts cost, next to the dense FFN they were cut from?
 //
-// Both run in this process on the same weights and threads, in turn (dense, sparse, dense, ...), so
-// that a machine whose speed drifts hurts both alike; the table gives medians and their ratio. The
-// ideal is E / K. Routings are uniform and independent: at small T they touch most experts, which
-// no kernel can avoid (at T = 8 and K / E = 1/4, 90 % of the weights are read).
+// All ways run in this process on the same shape and threads, in turn, so that a machine whose
+// speed drifts hurts all alike; the table gives medians and their ratio. The ideal is E / K.
+// Routings are uniform and independent: at small T they touch most experts, which no kernel can
+// avoid (at T = 8 and K / E = 1/4, 90 % of the weights are read).
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
-#include <chrono>
-#include <cstdio>
 #include <nlohmann/json.hpp>
-#include <random>
-#include <vector>
 
-#include "cleave/cleave.h"
+#include "ffn_setup.h"
+#include "suite.h"
 #include "support/thread_pool.h"
 
 namespace {
 
+using namespace cleave;
+using namespace cleave::bench;
+
 struct Options {
-  std::int64_t d_model = 576;  // SmolLM2-135M
-  std::int64_t hidden = 1536;
-  std::int32_t experts = 8;
-  std::int64_t active = 4;
-  std::vector<std::int64_t> tokens = {1, 8, 64, 512, 1024};
+  std::string shape = "smollm2";
+  std::int64_t d_model = 0, hidden = 0;
+  FfnShape ffn;
+  std::string dtype = "bf16";
+  std::vector<std::int64_t> tokens = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024};
   int threads = 2;
   int repeats = 15;
-  bool json = false;
+  bool json = false, suite = false;
+  std::string only;
 };
 
-std::vector<float> random_values(std::size_t n, std::mt19937& rng) {
-  std::normal_distribution<float> normal(0.0f, 0.05f);
-  std::vector<float> values(n);
-  for (float& value : values) value = normal(rng);
-  return values;
-}
+const std::map<std::string, std::pair<std::int64_t, std::int64_t>> kShapes = {
+    {"smollm2", {576, 1536}},
+    {"tinyllama", {2048, 5632}},
+    {"llama2-7b", {4096, 11008}},
+    {"llama3-8b", {4096, 14336}}};
 
-double seconds(const auto& work) {
-  const auto begin = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
+void compare(const Options& o) {
+  ThreadPool pool(o.threads);
+  FfnShape shape = o.ffn;
+  std::tie(shape.d_model, shape.hidden) = kShapes.at(o.shape);
+  if (o.d_model > 0) shape.d_model = o.d_model;
+  if (o.hidden > 0) shape.hidden = o.hidden;
+  shape.type = *parse_weight_type(o.dtype);
+  FfnShape dense_shape = shape;
+  dense_shape.experts = dense_shape.active = 1;
+  dense_shape.shared = 0;
+  // Eight times a large cache in all, so that the weights of every call come from memory.
+  constexpr std::int64_t kBytes = 320 << 20;
+  const std::int64_t layer_bytes = 3 * shape.d_model * shape.hidden;
+  shape.layers = dense_shape.layers = std::clamp<std::int64_t>(kBytes / layer_bytes, 1, 64);
+  const FfnSetup sparse(shape, pool.parallel_for()), dense(dense_shape, pool.parallel_for());
 
-double median(std::vector<double> values) {
-  std::nth_element(values.begin(), values.begin() + values.size() / 2, values.end());
-  return values[values.size() / 2];
-}
-
-struct Row {
-  std::int64_t tokens;
-  double dense_s, sparse_s;
-};
-
-Row measure(const Options& o, const cleave::DenseFfn& ffn, const cleave::ExpertBank& bank,
-            std::int64_t T, const cleave::ParallelFor& parallel, std::mt19937& rng) {
-  const std::vector<float> x = random_values(T * o.d_model, rng);
-  const std::vector<float> logits = random_values(T * o.experts, rng);
-  std::vector<float> y(T * o.d_model);
-  cleave::Routing routing;
-  cleave::route({logits.data(), T, o.experts}, o.active, cleave::GateMode::kSoftmax, routing);
-  const cleave::MatrixView<const float> in(x.data(), T, o.d_model);
-  const cleave::MatrixView<float> out(y.data(), T, o.d_model);
-  const auto dense = [&] { cleave::dense_ffn(ffn.view(), in, out, parallel); };
-  const auto sparse = [&] { cleave::moe_ffn(bank, routing, 1.0f, in, out, parallel); };
-  dense();  // warm caches and threads
-  sparse();
-  std::vector<double> dense_s, sparse_s;
-  for (int r = 0; r < o.repeats; ++r) {
-    dense_s.push_back(seconds(dense));
-    sparse_s.push_back(seconds(sparse));
-  }
-  return {T, median(dense_s), median(sparse_s)};
-}
-
-void print(const Options& o, const std::vector<Row>& rows) {
-  const double ideal = static_cast<double>(o.experts) / static_cast<double>(o.active);
-  nlohmann::ordered_json json{
-      {"d_model", o.d_model}, {"hidden", o.hidden},   {"experts", o.experts},
-      {"active", o.active},   {"threads", o.threads}, {"instruction_set", cleave::isa_name()},
-      {"repeats", o.repeats}, {"ideal", ideal},       {"rows", nlohmann::ordered_json::array()}};
-  std::string text = fmt::format(
-      "D {} H {}, {} of {} experts, float32, {} threads, {}, median of {}\n"
-      "tokens   dense ms  sparse ms  speed-up  of ideal\n",
-      o.d_model, o.hidden, o.active, o.experts, o.threads, cleave::isa_name(), o.repeats);
-  for (const Row& row : rows) {
-    const double ratio = row.dense_s / row.sparse_s;
-    json["rows"].push_back({{"tokens", row.tokens},
-                            {"dense_s", row.dense_s},
-                            {"sparse_s", row.sparse_s},
+  const double ideal = static_cast<double>(shape.experts) / static_cast<double>(shape.active);
+  nlohmann::ordered_json json{{"d_model", shape.d_model},
+                              {"hidden", shape.hidden},
+                              {"experts", shape.experts},
+                              {"active", shape.active},
+                              {"dtype", o.dtype},
+                              {"threads", o.threads},
+                              {"instruction_set", isa_name()},
+                              {"repeats", o.repeats},
+                              {"ideal", ideal},
+                              {"rows", nlohmann::ordered_json::array()}};
+  if (!o.json)
+    fmt::print(
+        "D {} H {}, {} of {} experts, {}, {} threads, {}, median of {}\n"
+        "tokens   dense ms  sparse ms  speed-up  of ideal\n",
+        shape.d_model, shape.hidden, shape.active, shape.experts, o.dtype, o.threads, isa_name(),
+        o.repeats);
+  for (const std::int64_t T : o.tokens) {
+    const auto x = random_values(T * shape.d_model, 4);
+    std::vector<float> y(x.size());
+    Workspace workspace;
+    const auto task = [&](const FfnSetup& setup) {
+      return [&, routing = random_routing(setup.shape(), T, 5)](std::int64_t round) {
+        moe_ffn(setup.layer(round), routing, 1.0f, {x.data(), T, shape.d_model},
+                {y.data(), T, shape.d_model}, workspace, pool.parallel_for());
+      };
+    };
+    const auto times = time_in_turn({task(dense), task(sparse)}, o.repeats);
+    const double ratio = times[0].median_s / times[1].median_s;
+    json["rows"].push_back({{"tokens", T},
+                            {"dense_s", times[0].median_s},
+                            {"sparse_s", times[1].median_s},
+                            {"sparse_quartiles_s", {times[1].low_s, times[1].high_s}},
                             {"speedup", ratio}});
-    text += fmt::format("{:6}  {:9.3f}  {:9.3f}  {:7.2f}x  {:7.2f}\n", row.tokens,
-                        1e3 * row.dense_s, 1e3 * row.sparse_s, ratio, ratio / ideal);
+    if (!o.json)
+      fmt::print("{:6}  {:9.3f}  {:9.3f}  {:7.2f}x  {:7.2f}\n", T, 1e3 * times[0].median_s,
+                 1e3 * times[1].median_s, ratio, ratio / ideal);
+    std::fflush(stdout);
   }
-  fmt::print("{}\n", o.json ? json.dump(2) : text);
+  if (o.json) fmt::print("{}\n", json.dump(2));
 }
 
 }  // namespace
@@ -101,32 +99,30 @@ void print(const Options& o, const std::vector<Row>& rows) {
 int main(int argc, char** argv) {
   Options o;
   CLI::App app{"MoE FFN against the dense FFN it was cut from"};
-  app.add_option("--d-model", o.d_model, "D")->capture_default_str();
-  app.add_option("--hidden", o.hidden, "H")->capture_default_str();
-  app.add_option("--experts", o.experts, "E")->capture_default_str();
-  app.add_option("--active", o.active, "K")->capture_default_str();
+  app.add_option("--shape", o.shape, "Shape of a real model")
+      ->capture_default_str()
+      ->check(CLI::IsMember(
+          std::vector<std::string>{"smollm2", "tinyllama", "llama2-7b", "llama3-8b"}));
+  app.add_option("--d-model", o.d_model, "D, instead of the shape's");
+  app.add_option("--hidden", o.hidden, "H, instead of the shape's");
+  app.add_option("--experts", o.ffn.experts, "E")->capture_default_str();
+  app.add_option("--active", o.ffn.active, "K")->capture_default_str();
+  app.add_option("--shared", o.ffn.shared, "Of the active ones, always on")->capture_default_str();
+  app.add_option("--dtype", o.dtype, "Weights")
+      ->capture_default_str()
+      ->check(CLI::IsMember(std::vector<std::string>{"f32", "bf16", "f16", "int8", "int4"}));
   app.add_option("--tokens", o.tokens, "Token counts, T")->delimiter(',')->capture_default_str();
   app.add_option("--threads", o.threads, "Threads")->capture_default_str();
   app.add_option("--repeats", o.repeats, "Runs per row")->capture_default_str();
+  app.add_flag("--suite", o.suite, "The table of goals instead (docs/benchmarks.md)");
+  app.add_option("--only", o.only, "With --suite: rows whose name begins so, such as C1");
   app.add_flag("--json", o.json, "One JSON object instead of the table");
   CLI11_PARSE(app, argc, argv);
-
   try {
-    std::mt19937 rng(0);
-    cleave::DenseFfn ffn;
-    ffn.hidden = o.hidden;
-    ffn.d_model = o.d_model;
-    for (auto* matrix : {&ffn.gate, &ffn.up, &ffn.down})
-      *matrix = random_values(o.hidden * o.d_model, rng);
-    const cleave::ExpertBank bank = cleave::factorize(
-        ffn.view(),
-        cleave::partition_neurons(ffn.view(), {.method = cleave::PartitionMethod::kContiguous,
-                                               .num_experts = o.experts}));
-    cleave::ThreadPool pool(o.threads);
-    std::vector<Row> rows;
-    for (std::int64_t T : o.tokens)
-      rows.push_back(measure(o, ffn, bank, T, pool.parallel_for(), rng));
-    print(o, rows);
+    if (o.suite)
+      run_suite(o.threads, o.only.c_str(), o.json);
+    else
+      compare(o);
   } catch (const std::exception& error) {
     fmt::print(stderr, "bench_moe_ffn: {}\n", error.what());
     return 1;

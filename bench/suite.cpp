@@ -1,0 +1,285 @@
+#include "suite.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "baselines.h"
+#include "ffn_setup.h"
+#include "probes.h"
+#include "support/thread_pool.h"
+
+namespace cleave::bench {
+namespace {
+
+using Task = std::function<void(std::int64_t)>;
+
+/// Runs a setup's layers in rotation on the same tokens.
+class Runner {
+ public:
+  Runner(const FfnSetup& setup, Routing routing, const ParallelFor& parallel)
+      : setup_(setup), routing_(std::move(routing)), parallel_(parallel) {
+    const std::int64_t n = routing_.num_tokens * setup.shape().d_model;
+    x_ = random_values(n, 4);
+    y_.resize(n);
+  }
+  Task task() {
+    return [this](std::int64_t round) {
+      const std::int64_t T = routing_.num_tokens, D = setup_.shape().d_model;
+      moe_ffn(setup_.layer(round), routing_, 1.0f, {x_.data(), T, D}, {y_.data(), T, D}, workspace_,
+              parallel_);
+    };
+  }
+
+ private:
+  const FfnSetup& setup_;
+  Routing routing_;
+  ParallelFor parallel_;
+  Workspace workspace_;
+  std::vector<float> x_, y_;
+};
+
+FfnShape dense_of(FfnShape shape) {
+  shape.experts = shape.active = 1;
+  shape.shared = 0;
+  return shape;
+}
+
+double flops(const FfnShape& s, std::int64_t T) {
+  return 6.0 * static_cast<double>(T) * static_cast<double>(s.d_model * s.hidden) *
+         static_cast<double>(s.active) / static_cast<double>(s.experts);
+}
+
+class Suite {
+ public:
+  Suite(int threads, std::string only, bool json)
+      : pool_(threads), only_(std::move(only)), json_(json) {}
+
+  void run() {
+    fmt::print(stderr, "{} threads, {}\n", pool_.threads(), isa_name());
+    if (!json_)
+      fmt::print("{:<5}{:<50}{:>9}{:>10}{:>8}\n", "row", "regime and measure", "ours", "at least",
+                 "aim");
+    if (wanted("C1") || wanted("C2") || wanted("C4")) few_tokens();
+    if (wanted("C3")) prefill();
+    if (wanted("C5")) skewed();
+    if (wanted("C6")) quantised();
+    if (wanted("C7")) dense_against_onednn();
+    if (wanted("C8")) fine_experts();
+    if (json_) fmt::print("{}\n", rows_.dump(2));
+  }
+
+ private:
+  bool wanted(const std::string& row) const { return row.rfind(only_, 0) == 0; }
+
+  void report(const std::string& row, const std::string& what, double ours, double least,
+              double aim) {
+    if (!wanted(row)) return;
+    rows_.push_back(
+        {{"row", row}, {"what", what}, {"ours", ours}, {"at_least", least}, {"aim", aim}});
+    if (!json_)
+      fmt::print("{:<5}{:<50}{:>9.3f}{:>10.2f}{:>8.2f}{}\n", row, what, ours, least, aim,
+                 ours < least ? "  below" : "");
+    std::fflush(stdout);
+  }
+
+  ParallelFor parallel() { return pool_.parallel_for(); }
+
+  /// Dense FFN by oneDNN: the faster of its float32 and bfloat16, on this machine.
+  struct OneDnn {
+    std::unique_ptr<DenseBaseline> f32, bf16;
+    std::vector<float> x, y;
+    std::vector<Task> tasks(std::int64_t T, std::int64_t D) {
+      x = random_values(T * D, 4);
+      y.resize(T * D);
+      std::vector<Task> result;
+      for (DenseBaseline* b : {f32.get(), bf16.get()})
+        if (b != nullptr)
+          result.push_back([this, b, T](std::int64_t) { b->run(0, T, x.data(), y.data()); });
+      return result;
+    }
+  };
+  OneDnn onednn(const FfnShape& shape) {
+    const BaselineShape s{shape.d_model, shape.hidden, 1, pool_.threads()};
+    OneDnn result{onednn_baseline(s, false), onednn_baseline(s, true), {}, {}};
+    return result;
+  }
+
+  void few_tokens() {
+    FfnShape shape;
+    shape.layers = 8;
+    const FfnSetup sparse(shape, parallel()), dense(dense_of(shape), parallel());
+    const ReadProbe probe(std::int64_t{1} << 30);
+    const BaselineShape s{shape.d_model, shape.hidden, shape.layers, pool_.threads()};
+    const auto onednn_f32 = onednn_baseline(s, false);
+    const auto onednn_bf16 = onednn_baseline(s, true);
+    for (const std::int64_t T : {1, 2, 4, 8, 32, 64, 128}) {
+      const std::string row = T == 1 ? "C1" : T <= 8 ? "C2" : "C4";
+      if (!wanted(row)) continue;
+      const Routing routing = random_routing(shape, T, 5);
+      const double active_bytes =
+          touched(shape, routing) * static_cast<double>(sparse.layer(0).bytes());
+      Runner run_sparse(sparse, routing, parallel());
+      Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
+      double bandwidth = 0.0, peak = 0.0;
+      const auto x = random_values(T * shape.d_model, 4);
+      std::vector<float> y(x.size());
+      std::vector<Task> tasks{run_sparse.task(), run_dense.task(), [&](std::int64_t round) {
+                                if (round % 4 == 0)
+                                  bandwidth = std::max(bandwidth, probe.run(parallel()));
+                                if (round % 8 == 0) peak = std::max(peak, fma_probe(parallel()));
+                              }};
+      for (DenseBaseline* b : {onednn_f32.get(), onednn_bf16.get()})
+        if (b != nullptr && T <= 8)
+          tasks.push_back(
+              [&, b](std::int64_t round) { b->run(round % shape.layers, T, x.data(), y.data()); });
+      const auto times = time_in_turn(tasks, T <= 8 ? 41 : 15);
+      const double t = times[0].median_s;
+      const double bound = std::max(active_bytes / bandwidth, flops(shape, T) / peak);
+      const std::string at = fmt::format("T = {}", T);
+      fmt::print(stderr,
+                 "{}: sparse {:.3f} ms, dense {:.3f} ms, read {:.1f} GB/s, FMA {:.0f} GF/s\n", at,
+                 1e3 * t, 1e3 * times[1].median_s, bandwidth / 1e9, peak / 1e9);
+      if (T == 1) {
+        report(row, at + ": share of the read bandwidth", active_bytes / t / bandwidth, 0.90, 0.98);
+        report(row, at + ": times our dense", times[1].median_s / t, 3.6, 3.9);
+      } else if (T <= 8) {
+        report(row, at + ": share of the active-bytes bound", bound / t, 0.90, 0.98);
+      } else {
+        const double least = T == 32 ? 0.65 : T == 64 ? 0.80 : 0.90;
+        report(row, at + ": share of the bytes-and-FLOPs bound", bound / t, least,
+               T == 32   ? 0.90
+               : T == 64 ? 0.95
+                         : 0.97);
+      }
+      if (times.size() > 3 && (T == 1 || T == 8)) {
+        double best = times[3].median_s;
+        for (std::size_t i = 3; i < times.size(); ++i) best = std::min(best, times[i].median_s);
+        report(row, at + ": times oneDNN dense (its faster type)", best / t, T == 1 ? 4.0 : 1.25,
+               T == 1 ? 4.3 : 1.4);
+      }
+    }
+  }
+
+  void prefill() {
+    const FfnShape base;
+    const FfnSetup dense(dense_of(base), parallel());
+    OneDnn baseline = onednn(base);
+    for (const auto& [E, K, T] : {std::array<std::int64_t, 3>{8, 2, 512},
+                                  {8, 2, 2048},
+                                  {16, 4, 512},
+                                  {16, 4, 2048},
+                                  {32, 4, 1024}}) {
+      FfnShape shape = base;
+      shape.experts = E;
+      shape.active = K;
+      const FfnSetup sparse(shape, parallel());
+      Runner run_sparse(sparse, random_routing(shape, T, 5), parallel());
+      Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
+      std::vector<Task> tasks{run_sparse.task(), run_dense.task()};
+      for (Task& task : baseline.tasks(T, shape.d_model)) tasks.push_back(std::move(task));
+      const auto times = time_in_turn(tasks, T > 1024 ? 5 : 9);
+      double best = times[1].median_s;
+      for (std::size_t i = 1; i < times.size(); ++i) best = std::min(best, times[i].median_s);
+      fmt::print(stderr,
+                 "E {} K {} T {}: sparse {:.1f} ms, dense {:.1f} ms, best dense {:.1f} ms\n", E, K,
+                 T, 1e3 * times[0].median_s, 1e3 * times[1].median_s, 1e3 * best);
+      report("C3", fmt::format("{} of {}, T = {}: share of ideal", K, E, T),
+             best / times[0].median_s * static_cast<double>(K) / static_cast<double>(E),
+             E == 32 ? 0.88 : 0.94, E == 32 ? 0.95 : 0.985);
+    }
+  }
+
+  void skewed() {
+    const FfnShape shape;
+    const FfnSetup setup(shape, parallel());
+    Runner balanced(setup, random_routing(shape, 1024, 5), parallel());
+    Runner skewed(setup, random_routing(shape, 1024, 5, 0.5), parallel());
+    const auto times = time_in_turn({balanced.task(), skewed.task()}, 9);
+    report("C5", "half of 1024 tokens on one expert: balanced / skewed",
+           times[0].median_s / times[1].median_s, 1 / 1.08, 1 / 1.02);
+  }
+
+  void quantised() {
+    FfnShape shape;
+    shape.layers = 8;
+    const Routing routing = random_routing(shape, 1, 5);
+    const FfnSetup bf16(shape, parallel());
+    shape.layers = 16;
+    shape.type = WeightType::kInt8;
+    const FfnSetup int8(shape, parallel());
+    shape.type = WeightType::kInt4;
+    const FfnSetup int4(shape, parallel());
+    Runner a(bf16, routing, parallel()), b(int8, routing, parallel()), c(int4, routing, parallel());
+    const auto times = time_in_turn({a.task(), b.task(), c.task()}, 61);
+    report("C6", "int8 decode: times our bf16 sparse", times[0].median_s / times[1].median_s, 1.8,
+           1.95);
+    report("C6", "4-bit decode: times our bf16 sparse", times[0].median_s / times[2].median_s, 3.0,
+           3.5);
+  }
+
+  void dense_against_onednn() {
+    const FfnShape shape = dense_of(FfnShape());
+    OneDnn baseline = onednn(shape);
+    if (baseline.f32 == nullptr) return;
+    const FfnSetup dense(shape, parallel());
+    for (const std::int64_t T : {128, 512}) {
+      Runner ours(dense, random_routing(shape, T, 5), parallel());
+      std::vector<Task> tasks{ours.task()};
+      for (Task& task : baseline.tasks(T, shape.d_model)) tasks.push_back(std::move(task));
+      const auto times = time_in_turn(tasks, 9);
+      double best = times[1].median_s;
+      for (std::size_t i = 1; i < times.size(); ++i) best = std::min(best, times[i].median_s);
+      report("C7", fmt::format("dense, T = {}: times oneDNN (its faster type)", T),
+             best / times[0].median_s, 0.95, 1.0);
+    }
+  }
+
+  void fine_experts() {
+    FfnShape shape;
+    shape.d_model = 576;
+    shape.hidden = 1536;
+    shape.experts = 96;
+    shape.active = 48;
+    shape.shared = 24;
+    for (const std::int64_t T : {1, 512, 1024}) {
+      shape.layers = T == 1 ? 60 : 1;
+      const FfnSetup fine(shape, parallel()), dense(dense_of(shape), parallel());
+      Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
+      const Routing routing = random_routing(shape, T, 5);
+      Runner run_fine(fine, routing, parallel());
+      // The router is part of the price: 72 routed experts.
+      const std::int64_t routed = shape.experts - shape.shared, D = shape.d_model;
+      const auto weights = random_values(routed * D, 6), x = random_values(T * D, 7);
+      const PackedLinear router({weights.data(), routed, D}, WeightType::kF32);
+      std::vector<float> logits(T * routed);
+      Workspace workspace;
+      Routing ignored;
+      const Task sparse = [&, inner = run_fine.task()](std::int64_t round) {
+        linear(router, {x.data(), T, D}, {}, {logits.data(), T, routed}, false, workspace,
+               parallel());
+        route({logits.data(), T, routed}, shape.active - shape.shared, GateMode::kSoftmax, ignored);
+        inner(round);
+      };
+      const auto times = time_in_turn({sparse, run_dense.task()}, T == 1 ? 121 : 15);
+      fmt::print(stderr, "fine T {}: sparse {:.3f} ms, dense {:.3f} ms\n", T,
+                 1e3 * times[0].median_s, 1e3 * times[1].median_s);
+      report("C8", fmt::format("48 of 96 experts of 16, T = {}: share of ideal", T),
+             times[1].median_s / times[0].median_s / 2.0, T == 1 ? 0.85 : 0.80,
+             T == 1 ? 0.95 : 0.92);
+    }
+  }
+
+  ThreadPool pool_;
+  std::string only_;
+  bool json_;
+  nlohmann::ordered_json rows_ = nlohmann::ordered_json::array();
+};
+
+}  // namespace
+
+void run_suite(int threads, const char* only, bool json) { Suite(threads, only, json).run(); }
+
+}  // namespace cleave::bench
