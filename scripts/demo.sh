@@ -29,7 +29,7 @@ choose_smollm2() {
   train_text="$cleave_root/models/jargon.train.txt"
   eval_text="$cleave_root/models/jargon.heldout.txt"
   convert_options=(--calibration-tokens 8192)
-  train_options=(--steps 60 --batch 2 --context 256 --lr 2e-4 --held-out-windows 4)
+  train_options=(--steps 60 --batch 2 --context 256 --lr 5e-4 --held-out-windows 4)
   eval_options=(--context 512 --limit-tokens 4096)
   prompt="A hacker is a person who"
 }
