@@ -1,5 +1,6 @@
 #include "cleave/evaluate.h"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -9,6 +10,8 @@
 #include <random>
 
 #include "cleave/error.h"
+#include "cleave/text.h"
+#include "cleave/tokenizer.h"
 #include "support/tiny_models.h"
 
 namespace cleave {
@@ -103,6 +106,27 @@ TEST(Evaluate, RefusesTextsAndReferencesThatDoNotFit) {
   EXPECT_THROW(evaluate(model, {{1, 2, 96, 3}, 4}), InvalidArgument);
   EXPECT_THROW(evaluate(model, {{1, 2, 3}, 4}), InvalidArgument);
   EXPECT_THROW(evaluate(model, {{}, 0}), InvalidArgument);
+}
+
+// How the weights are kept may cost a little; a wrong scale or a swapped lane costs nats. The
+// bounds are some five times what was measured.
+TEST(Evaluate, FewerBitsStayNearTheFloats) {
+  const Checkpoint checkpoint = Checkpoint::open(demo_llama_dir());
+  const Tokenizer tokenizer = Tokenizer::from_checkpoint(checkpoint);
+  const std::string sample = (demo_llama_dir() / "sample.txt").string();
+  const TokenWindows text = make_windows(tokenizer.encode(read_text(sample)), 128, 1024, sample);
+  Model floats = Model::load(checkpoint, {.threads = 2});
+  const std::pair<WeightType, double> bounds[] = {{WeightType::kBF16, 1e-9},
+                                                  {WeightType::kF16, 1e-9},
+                                                  {WeightType::kInt8, 1.5e-4},
+                                                  {WeightType::kInt4, 1.5e-2}};
+  for (const auto& [type, bound] : bounds) {
+    Model model = Model::load(checkpoint, {.threads = 2, .weights = type});
+    EXPECT_LT(model.weight_bytes(), floats.weight_bytes()) << weight_type_name(type);
+    const double kl = evaluate(model, text, &floats).kl;
+    EXPECT_LT(kl, bound) << weight_type_name(type);
+    RecordProperty(std::string("kl_") + weight_type_name(type), fmt::format("{:.3g}", kl));
+  }
 }
 
 TEST(Evaluate, RefusesAReferenceOfAnotherVocabulary) {

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cleave/packed.h"
+#include "fail.h"
 #include "kernels/dispatch.h"
 #include "kernels/packed_format.h"
 #include "kernels/panel_rows.h"
@@ -31,6 +32,7 @@ constexpr std::int64_t tail_stride() { return kTileSteps / 16 * kPanelWidth; }
 /// that one expert can have, as whole tiles.
 struct PartScratch {
   std::int32_t* begin;  // [E + 1] pairs per expert
+  std::int32_t* next;   // [E] where its next pair goes
   std::int32_t* pair;   // [tokens * K] t * K + k, by expert
   float* unpacked;      // [kTileSteps, 32] a block of a panel
   float* products;      // [rows, 32] gate|up of a panel
@@ -63,6 +65,7 @@ inline PartScratch carve(Carver& from, const PackedExperts& experts, std::int64_
                          std::int64_t k) {
   PartScratch s;
   s.begin = from.take<std::int32_t>(experts.num_experts() + 1);
+  s.next = from.take<std::int32_t>(experts.num_experts());
   s.pair = from.take<std::int32_t>(tokens * k);
   const std::int64_t rows = TiledRows::num_tiles(tokens) * kTileRows;
   s.unpacked = from.take<float>(kTileSteps * kPanelWidth);
@@ -95,9 +98,8 @@ class PartRunner {
     const auto pairs_end = static_cast<std::int32_t>((first + count) * call_.k);
     for (std::int32_t p = pairs_begin; p < pairs_end; ++p) ++s_.begin[call_.ids[p] + 1];
     for (std::int64_t e = 0; e < E; ++e) s_.begin[e + 1] += s_.begin[e];
-    for (std::int32_t p = pairs_begin; p < pairs_end; ++p) s_.pair[s_.begin[call_.ids[p]]++] = p;
-    for (std::int64_t e = E; e > 0; --e) s_.begin[e] = s_.begin[e - 1];
-    s_.begin[0] = 0;
+    std::copy_n(s_.begin, E, s_.next);
+    for (std::int32_t p = pairs_begin; p < pairs_end; ++p) place(p);
     first_ = first;
     count_ = count;
     if (layout_.format != PanelFormat::kInt4) return;
@@ -128,7 +130,7 @@ class PartRunner {
         continue;
       }
       gate_up_tiles(base + p, m);
-      activate(base + p, static_cast<std::int64_t>(pending_.size) * layout_.neurons, m);
+      activate(base + p, pending_.size * layout_.neurons, m);
       pending_.panel[pending_.size++] = base + p;
       if (pending_.size * layout_.neurons == kGroupNeurons) flush(m);
     }
@@ -140,6 +142,16 @@ class PartRunner {
   }
 
  private:
+  void place(std::int32_t pair) {
+    const std::int32_t e = call_.ids[pair], at = s_.next[e]++;
+    // Pairs ascend within an expert, so a second one of the same token would be a neighbour. Both
+    // would add to one row of y at once.
+    if (at > s_.begin[e] && s_.pair[at - 1] / call_.k == pair / call_.k)
+      fail_argument("moe_ffn: token {} has expert {} twice; its ids must be distinct",
+                    pair / call_.k, e);
+    s_.pair[at] = pair;
+  }
+
   /// Whether expert e has the tokens of the one before it: all of the pass (shared experts). Their
   /// rows then stay where they are, and their neurons share a group.
   bool continues(std::int64_t e) const { return m_ == count_ && rows(e) == count_; }

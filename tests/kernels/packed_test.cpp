@@ -137,6 +137,17 @@ TEST(PackedMoeFfn, AllExpertsEqualTheDenseFfn) {
   expect_near(actual, expected, magnitude, ffn_bound(D, H));
 }
 
+TEST(PackedMoeFfn, RefusesATokenWithOneExpertTwice) {
+  Workspace workspace;
+  std::mt19937 rng(1);
+  const PackedExperts packed(random_bank(rng, 8, 32, 4, true, false, Activation::kSilu),
+                             WeightType::kF32);
+  const OwnedMatrix x = random_matrix(rng, 3, 8);
+  OwnedMatrix y = x;
+  const Routing routing{3, 2, {0, 1, 2, 3, 1, 1}, std::vector<float>(6, 0.5f)};
+  EXPECT_THROW(moe_ffn(packed, routing, 1.0f, x.view(), y.view(), workspace, {}), InvalidArgument);
+}
+
 // Half of the tokens on one expert, the others empty: poison in the empty ones must not be read,
 // and every way of cutting the work must see the same rows.
 TEST(PackedMoeFfn, SkewedRoutingAndEmptyExperts) {
