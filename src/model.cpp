@@ -46,11 +46,18 @@ struct Model::Impl {
     });
   }
 
+  /// y[t] += x[t].
+  void add(MatrixView<const float> x, MatrixView<float> y) {
+    pool.parallel_for()(x.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t t = begin; t < end; ++t) isa_kernels().add(x.row(t), y.row(t), x.cols);
+    });
+  }
+
   /// x += attention(normed), and the layer's part of the cache is filled.
   void attend(const LayerWeights& w, MatrixView<const float> normed, std::int64_t position,
               std::vector<float>& keys, std::vector<float>& values, MatrixView<float> x);
-  /// x += the layer's experts on `normed`; `routing` tells which.
-  void run_experts(const PackedMoe& moe, MatrixView<const float> normed, MatrixView<float> x);
+  /// y += the layer's experts on `normed`; `routing` tells which.
+  void run_experts(const PackedMoe& moe, MatrixView<const float> normed, MatrixView<float> y);
   /// Rotates and scales q in place; rotates k and moves k and v into the cache.
   void rotate_and_store(MatrixView<float> qkv, std::int64_t position, MatrixView<float> keys,
                         MatrixView<float> values);
@@ -107,16 +114,16 @@ void Model::Impl::attend(const LayerWeights& w, MatrixView<const float> normed,
 }
 
 void Model::Impl::run_experts(const PackedMoe& moe, MatrixView<const float> normed,
-                              MatrixView<float> x) {
+                              MatrixView<float> y) {
   const std::int64_t E = moe.experts.num_experts();
-  Buffer logits_room(x.rows * E);
-  const MatrixView<float> logits(logits_room.data(), x.rows, E);
+  Buffer logits_room(normed.rows * E);
+  const MatrixView<float> logits(logits_room.data(), normed.rows, E);
   linear(moe.router, normed, {}, logits, /*add=*/false, workspace, pool.parallel_for());
   route(logits, moe.experts_per_token, moe.gate, routing);
-  moe_ffn(moe.experts, routing, moe.scale, normed, x, workspace, pool.parallel_for());
+  moe_ffn(moe.experts, routing, moe.scale, normed, y, workspace, pool.parallel_for());
   if (moe.experts.down_bias().empty()) return;
-  for (std::int64_t t = 0; t < x.rows; ++t)
-    isa_kernels().add(moe.experts.down_bias().data(), x.row(t), x.cols);
+  for (std::int64_t t = 0; t < y.rows; ++t)
+    isa_kernels().add(moe.experts.down_bias().data(), y.row(t), y.cols);
 }
 
 Model::Model(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -157,8 +164,9 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
           t, tokens[t], c.vocab_size - 1);
   if (T == 0) return;
 
-  Buffer x_room(T * D), normed_room(T * D);
+  Buffer x_room(T * D), normed_room(T * D), branch_room(T * D);
   const MatrixView<float> x(x_room.data(), T, D), normed(normed_room.data(), T, D);
+  const MatrixView<float> branch(branch_room.data(), T, D);
   for (std::int64_t t = 0; t < T; ++t) impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
   for (std::int64_t l = 0; l < c.num_layers; ++l) {
     const LayerWeights& w = impl_->weights.layers[l];
@@ -166,12 +174,16 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
     impl_->attend(w, normed, position, cache.keys_[l], cache.values_[l], x);
     impl_->norm(x, w.post_norm, normed);
     if (hooks.ffn_input) hooks.ffn_input(l, normed);
+    // Not straight into x: the kernels add in many small parts, each of which would round to the
+    // last digit of a residual that is a thousand times as large in some columns.
+    std::fill_n(branch.data, T * D, 0.0f);
     if (const auto* dense = std::get_if<PackedExperts>(&w.ffn)) {
-      cleave::dense_ffn(*dense, normed, x, impl_->workspace, parallel());
+      cleave::dense_ffn(*dense, normed, branch, impl_->workspace, parallel());
     } else {
-      impl_->run_experts(std::get<PackedMoe>(w.ffn), normed, x);
+      impl_->run_experts(std::get<PackedMoe>(w.ffn), normed, branch);
       if (hooks.routing) hooks.routing(l, impl_->routing);
     }
+    impl_->add(branch, x);
   }
   impl_->norm(x, impl_->weights.final_norm, hidden);
   cache.size_ += T;
