@@ -309,6 +309,8 @@ void multiply(const PanelProduct& product) {
   }
 }
 
+constexpr std::int64_t kShortSteps = 32;
+
 template <int kRows>
 CLEAVE_INLINE void tile_rows(const TileProduct& product, int first_row) {
   const float* w = product.panel;
@@ -319,11 +321,15 @@ CLEAVE_INLINE void tile_rows(const TileProduct& product, int first_row) {
   for (std::int64_t i = 0; i < product.panels; ++i) {
     const float* x = product.x + first_row * kTileStride;
     const std::int64_t column = i * kPanelWidth;
+    // A long sum is added to y at its end, which rounds less than going on from y; a short one
+    // begins with y, which costs no addition of its own.
+    const bool add_first = product.add && product.steps <= kShortSteps;
+    const bool add_last = product.add && !add_first;
     Floats sum[kRows][2];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
       for (int half = 0; half < 2; ++half)
-        sum[r][half] = product.add ? load<Floats>(y[r] + column + 16 * half) : Floats{};
+        sum[r][half] = add_first ? load<Floats>(y[r] + column + 16 * half) : Floats{};
     const auto step = [&](std::int64_t s) __attribute__((always_inline)) {
       const Floats w0 = load<Floats>(w + s * kPanelWidth);
       const Floats w1 = load<Floats>(w + s * kPanelWidth + 16);
@@ -348,7 +354,11 @@ CLEAVE_INLINE void tile_rows(const TileProduct& product, int first_row) {
     }
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
-      for (int half = 0; half < 2; ++half) store(sum[r][half], y[r] + column + 16 * half);
+      for (int half = 0; half < 2; ++half) {
+        float* to = y[r] + column + 16 * half;
+        if (add_last) sum[r][half] += load<Floats>(to);
+        store(sum[r][half], to);
+      }
   }
 }
 
