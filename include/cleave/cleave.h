@@ -20,8 +20,8 @@
 #include "cleave/evaluate.h"
 #include "cleave/kernels.h"
 #include "cleave/model.h"
-#include "cleave/packed.h"
 #include "cleave/moe_layer.h"
+#include "cleave/packed.h"
 // 5 the whole way, and writing
 #include "cleave/convert.h"
 #include "cleave/export.h"
