@@ -43,7 +43,7 @@ class OneDnn : public DenseBaseline {
   std::string name() const override { return bf16_ ? "oneDNN bf16" : "oneDNN f32"; }
 
   void run(std::int64_t layer, std::int64_t T, const float* x, float* y) override {
-    const std::int64_t D = shape_.d_model, H = shape_.hidden;
+    const std::int64_t D = shape_.d_model;
     Plan& plan = plan_for(T);
     memory in = plan.in;
     memory user({{T, D}, memory::data_type::f32, memory::format_tag::ab}, engine_,
@@ -62,7 +62,6 @@ class OneDnn : public DenseBaseline {
                                 {DNNL_ARG_WEIGHTS, weights_[3 * layer + 2]},
                                 {DNNL_ARG_DST, out}});
     stream_.wait();
-    static_cast<void>(H);
   }
 
  private:

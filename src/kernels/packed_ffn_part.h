@@ -1,7 +1,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
+#include <cstddef>
+#include <cstdint>
+#include <span>
 
 #include "cleave/packed.h"
 #include "fail.h"
@@ -12,8 +14,9 @@
 // What one part of packed_ffn_cpu.cpp's work does.
 namespace cleave {
 
-// Neurons of a group of panels: the steps of one tile of down.
+/// Neurons of a group of panels: the steps of one tile of down.
 inline constexpr std::int64_t kGroupNeurons = kTileSteps;
+
 /// Operands of moe_ffn().
 struct FfnCall {
   const PackedExperts& experts;

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 
 #include "cleave/packed.h"
 #include "fail.h"

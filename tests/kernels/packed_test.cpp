@@ -148,8 +148,8 @@ TEST(PackedMoeFfn, RefusesATokenWithOneExpertTwice) {
   EXPECT_THROW(moe_ffn(packed, routing, 1.0f, x.view(), y.view(), workspace, {}), InvalidArgument);
 }
 
-// Half of the tokens on one expert, the others empty: poison in the empty ones must not be read,
-// and every way of cutting the work must see the same rows.
+// Half of the tokens on one expert, half on another, two without any: every way of cutting the work
+// and every number of threads must see the same rows.
 TEST(PackedMoeFfn, SkewedRoutingAndEmptyExperts) {
   Workspace workspace;
   for (const int threads : {1, 2, 5})
