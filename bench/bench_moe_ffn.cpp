@@ -81,7 +81,7 @@ void compare(const Options& o) {
       };
     };
     const auto times = time_in_turn({task(dense), task(sparse)}, o.repeats);
-    const double ratio = times[0].median_s / times[1].median_s;
+    const double ratio = paired_ratio(times[0], times[1]);
     json["rows"].push_back({{"tokens", T},
                             {"dense_s", times[0].median_s},
                             {"sparse_s", times[1].median_s},

@@ -62,6 +62,18 @@ double touched(const FfnShape& shape, const Routing& routing) {
          static_cast<double>(shape.experts);
 }
 
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+double paired_ratio(const Timing& a, const Timing& b) {
+  std::vector<double> ratios;
+  for (std::size_t i = 0; i < a.rounds_s.size(); ++i)
+    ratios.push_back(a.rounds_s[i] / b.rounds_s[i]);
+  return median(ratios);
+}
+
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,
                                  int rounds) {
   std::vector<std::vector<double>> seconds(tasks.size());
@@ -79,12 +91,13 @@ std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64
       if (round >= 0) seconds[i].push_back(s);
     }
   std::vector<Timing> result;
-  for (auto& s : seconds) {
+  for (const auto& in_order : seconds) {
+    std::vector<double> s = in_order;
     std::sort(s.begin(), s.end());
     const auto at = [&](double share) {
       return s[static_cast<std::size_t>(share * static_cast<double>(s.size() - 1) + 0.5)];
     };
-    result.push_back({at(0.5), at(0.25), at(0.75)});
+    result.push_back({at(0.5), at(0.25), at(0.75), in_order});
   }
   return result;
 }

@@ -43,7 +43,12 @@ std::vector<float> random_values(std::int64_t n, unsigned seed);
 
 struct Timing {
   double median_s = 0.0, low_s = 0.0, high_s = 0.0;  ///< low, high: the quartiles
+  std::vector<double> rounds_s;                      ///< in the order they ran
 };
+double median(std::vector<double> values);
+/// Median over the rounds of a's time by b's. Other work on the machine comes and goes in seconds,
+/// so what ran in the same round compares better than two medians do.
+double paired_ratio(const Timing& a, const Timing& b);
 /// Runs all in turn, `rounds` times after one round of warming up; task(round).
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,
                                  int rounds);
