@@ -3,9 +3,12 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/random_ffn.h"
+#include "support/buffer.h"
 #include "support/thread_pool.h"
 
 namespace cleave {
@@ -34,6 +37,22 @@ void attention_reference(const AttentionShape& s, MatrixView<const float> q,
     }
 }
 
+// Fills a cache in two steps, as a prompt and the tokens after it do, and runs the kernel. What
+// lies beyond the tokens must not be used.
+void attend(const AttentionShape& s, MatrixView<const float> q, MatrixView<const float> keys,
+            MatrixView<const float> values, MatrixView<float> out, const ParallelFor& parallel) {
+  const KvLayout layout{s.num_kv_heads, s.head_dim, keys.rows + 3};
+  const Buffer cache(layout.size());
+  std::fill_n(cache.data(), layout.size(), std::numeric_limits<float>::quiet_NaN());
+  const std::int64_t past = keys.rows - q.rows;
+  store_keys_and_values(layout, keys.slice_rows(0, past), values.slice_rows(0, past), 0,
+                        cache.data());
+  store_keys_and_values(layout, keys.slice_rows(past, q.rows), values.slice_rows(past, q.rows),
+                        past, cache.data());
+  Workspace workspace;
+  attention(s, q, layout, cache.data(), keys.rows, out, workspace, parallel);
+}
+
 TEST(Attention, MatchesItsDefinitionOnRandomShapes) {
   ThreadPool pool(3);
   for (unsigned seed = 0; seed < 100; ++seed) {
@@ -53,7 +72,7 @@ TEST(Attention, MatchesItsDefinitionOnRandomShapes) {
     const OwnedMatrix v = random_matrix(rng, N, s.num_kv_heads * s.head_dim);
     OwnedMatrix actual = random_matrix(rng, T, s.num_heads * s.head_dim), expected = actual;
     attention_reference(s, q.view(), k.view(), v.view(), expected.view());
-    attention(s, q.view(), k.view(), v.view(), actual.view(), pool.parallel_for());
+    attend(s, q.view(), k.view(), v.view(), actual.view(), pool.parallel_for());
     // |q k| <= d, so a score is off by d * d * eps, which is the relative error of its exp; the
     // sums over N add N * eps each; the values are at most 1.
     const double bound =
