@@ -150,10 +150,10 @@ std::int64_t largest(const float* row, std::int64_t n) {
   return -1;
 }
 
-constexpr RowKernels kRows = {softmax_block, add_scaled, largest};
+constexpr RowKernels kRowKernels = {softmax_block, add_scaled, largest};
 
 }  // namespace
 
-const RowKernels& row_kernels() { return kRows; }
+const RowKernels& row_kernels() { return kRowKernels; }
 
 }  // namespace cleave::CLEAVE_ISA
