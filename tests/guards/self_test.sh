@@ -67,7 +67,7 @@ expect 1 sh "$guards/c_symbols.sh" libc.so c
 library "$a"
 expect 1 sh "$guards/c_symbols.sh" libc.so c
 expect 2 sh "$guards/c_symbols.sh" missing.so c
-echo '#pragma once' >c/cleave/c_dlpack.h
+echo 'extern int c;' >c/cleave/c_dlpack.h
 expect 0 sh "$guards/c_headers.sh" "$cc" "$compiler" c
 echo 'inline int three() { return 3; } bool b;' >c/cleave/c_dlpack.h
 expect 1 sh "$guards/c_headers.sh" "$cc" "$compiler" c
