@@ -92,6 +92,8 @@ std::vector<float> c_copy(const float* values, std::int64_t count) {
 }
 
 std::unique_ptr<cleave_experts> c_create(const cleave_experts_desc& d) {
+  isa_name();  // chosen now, so that a wrong CLEAVE_ISA shows here and the first run allocates
+               // nothing
   const StackedExperts stack = c_stack(d);
   const WeightType type = c_enum(kCPackedTypes, d.packed_dtype, "packed_dtype");
   CallerThreads threads(d.threads);

@@ -55,11 +55,10 @@ int main(int argc, char** argv) {
     const auto checkpoint = cleave::Checkpoint::open(argv[1]);
     const auto tokenizer = cleave::Tokenizer::from_checkpoint(checkpoint);
     auto model = cleave::Model::load(checkpoint, {.weights = cleave::WeightType::kBF16});
-    std::fprintf(stderr, "%d layers, %lld experts in the first, %.1f MB of weights, %d threads, %s\n",
-                 static_cast<int>(model.config().num_layers),
-                 static_cast<long long>(model.num_experts(0)),
-                 static_cast<double>(model.weight_bytes()) / 1e6, model.threads(),
-                 cleave::isa_name());
+    std::fprintf(
+        stderr, "%d layers, %lld experts in the first, %.1f MB of weights, %d threads, %s\n",
+        static_cast<int>(model.config().num_layers), static_cast<long long>(model.num_experts(0)),
+        static_cast<double>(model.weight_bytes()) / 1e6, model.threads(), cleave::isa_name());
 
     if (argc == 3) {
       serve(model, tokenizer, argv[2]);
