@@ -10,6 +10,7 @@ function(cleave_add_isa isa)
   target_compile_definitions(cleave_${isa} PRIVATE CLEAVE_ISA=${isa} Eigen=Eigen_${isa}
     EIGEN_MPL2_ONLY EIGEN_DONT_PARALLELIZE)
   cleave_set_warnings(cleave_${isa})
+  cleave_hide_symbols(cleave_${isa})
   # GCC 12 takes _mm512_undefined_ps(), which is undefined on purpose, for a mistake (bug 105593).
   target_compile_options(cleave_${isa} PRIVATE ${ARGN} -ffp-contract=fast -Wno-psabi
     $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized>)
@@ -17,6 +18,7 @@ function(cleave_add_isa isa)
     ${PROJECT_SOURCE_DIR}/include)
   target_link_libraries(cleave_${isa} PRIVATE Eigen3::Eigen)
   target_sources(cleave_core PRIVATE $<TARGET_OBJECTS:cleave_${isa}>)
+  set_property(GLOBAL APPEND PROPERTY cleave_isa_objects $<TARGET_OBJECTS:cleave_${isa}>)
 endfunction()
 if(isa_sources)
   cleave_add_isa(scalar)

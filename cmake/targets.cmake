@@ -12,3 +12,10 @@ function(cleave_setup_library target name)
     VERSION ${PROJECT_VERSION} SOVERSION ${PROJECT_VERSION_MAJOR})
   cleave_set_warnings(${target})
 endfunction()
+
+# Nothing of it is seen outside of the library that it becomes part of, but what asks to be
+# (CLEAVE_C_API).
+function(cleave_hide_symbols target)
+  set_target_properties(${target} PROPERTIES CXX_VISIBILITY_PRESET hidden
+    VISIBILITY_INLINES_HIDDEN ON)
+endfunction()

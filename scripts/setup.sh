@@ -19,7 +19,7 @@ say() { printf '==> %s\n' "$*" >&2; }
 fail() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; exit 1; }
 
 cleave_packages=(g++ cmake ninja-build ccache libeigen3-dev libfmt-dev libcli11-dev
-  nlohmann-json3-dev libgtest-dev libpcre2-dev libssl-dev pkg-config python3-venv)
+  nlohmann-json3-dev libgtest-dev libpcre2-dev libssl-dev pkg-config python3-venv valgrind)
 
 is_installed() { dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q 'install ok installed'; }
 

@@ -5,37 +5,92 @@
 #include <cstring>
 #include <new>
 #include <numeric>
+#include <string>
 
 #include "fail.h"
 #include "kernels/dispatch.h"
 #include "kernels/packed_format.h"
+#include "quants.h"
 #include "support/weight_memory.h"
 
 namespace cleave {
 namespace {
 
-void check_finite(const char* what, MatrixView<const float> weight) {
-  for (std::int64_t r = 0; r < weight.rows; ++r)
-    for (std::int64_t c = 0; c < weight.cols; ++c)
-      if (!std::isfinite(weight(r, c)))
-        fail_argument("pack: {}[{}, {}] is {}; weights must be finite", what, r, c, weight(r, c));
-}
+/// Rows of weights as somebody keeps them: F32, BF16 or F16.
+class StoredRows {
+ public:
+  StoredRows() = default;
+  StoredRows(MatrixView<const float> m)  // NOLINT(google-explicit-constructor)
+      : StoredRows(m.data, DType::kF32, m.rows, m.cols) {
+    row_stride_ = m.row_stride;
+  }
+  StoredRows(const void* data, DType dtype, std::int64_t rows, std::int64_t cols)
+      : data_(static_cast<const std::byte*>(data)),
+        dtype_(dtype),
+        rows_(rows),
+        cols_(cols),
+        row_stride_(cols) {}
 
-/// rows [begin, begin + count) of `weight` into lanes [lane, lane + count) of panel [steps, 32].
-void rows_to_lanes(MatrixView<const float> weight, std::int64_t begin, std::int64_t count,
-                   std::int64_t lane, std::vector<float>& panel) {
-  for (std::int64_t i = 0; i < count; ++i) {
-    const float* row = weight.row(begin + i);
-    for (std::int64_t s = 0; s < weight.cols; ++s) panel[s * kPanelWidth + lane + i] = row[s];
+  bool empty() const { return data_ == nullptr || rows_ == 0 || cols_ == 0; }
+  std::int64_t rows() const { return rows_; }
+  std::int64_t cols() const { return cols_; }
+  StoredRows slice(std::int64_t begin, std::int64_t count) const {
+    StoredRows part = *this;
+    part.data_ += begin * row_stride_ * element_bytes();
+    part.rows_ = count;
+    return part;
+  }
+  /// Row r, where it is or, if it is not float32, decoded into `room`.
+  const float* row(std::int64_t r, std::vector<float>& room) const {
+    const std::byte* at = data_ + r * row_stride_ * element_bytes();
+    if (dtype_ == DType::kF32) return reinterpret_cast<const float*>(at);
+    room.resize(static_cast<std::size_t>(cols_));
+    decode(dtype_, {at, static_cast<std::size_t>(cols_ * element_bytes())}, room);
+    return room.data();
+  }
+  float at(std::int64_t r, std::int64_t c) const {
+    const std::byte* at = data_ + (r * row_stride_ + c) * element_bytes();
+    if (dtype_ == DType::kF32) return *reinterpret_cast<const float*>(at);
+    std::uint16_t bits;
+    std::memcpy(&bits, at, sizeof bits);
+    return dtype_ == DType::kBF16 ? bf16_to_float(bits) : half_to_float(bits);
+  }
+
+ private:
+  std::int64_t element_bytes() const { return dtype_ == DType::kF32 ? 4 : 2; }
+  const std::byte* data_ = nullptr;
+  DType dtype_ = DType::kF32;
+  std::int64_t rows_ = 0, cols_ = 0, row_stride_ = 0;
+};
+
+void check_finite(const std::string& what, const StoredRows& weight) {
+  std::vector<float> room;
+  for (std::int64_t r = 0; r < weight.rows(); ++r) {
+    const float* row = weight.row(r, room);
+    for (std::int64_t c = 0; c < weight.cols(); ++c)
+      if (!std::isfinite(row[c]))
+        fail_argument("pack: {}[{}, {}] is {}; weights must be finite", what, r, c, row[c]);
   }
 }
 
+/// rows [begin, begin + count) of `weight` into lanes [lane, lane + count) of panel [steps, 32].
+void rows_to_lanes(const StoredRows& weight, std::int64_t begin, std::int64_t count,
+                   std::int64_t lane, std::vector<float>& panel) {
+  std::vector<float> room;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float* row = weight.row(begin + i, room);
+    for (std::int64_t s = 0; s < weight.cols(); ++s) panel[s * kPanelWidth + lane + i] = row[s];
+  }
+}
+
+/// What an expert is packed from.
 struct Source {
-  ExpertView expert;
-  const float* down = nullptr;
-  std::int64_t neuron_stride = 0, output_stride = 1;
+  StoredRows gate, up;          // [neurons, D]
+  StoredRows down;              // [D, neurons], or [neurons, D]
+  bool down_transposed = true;  // [neurons, D]
+  std::span<const float> gate_bias, up_bias;
   float down_at(std::int64_t neuron, std::int64_t output) const {
-    return down[neuron * neuron_stride + output * output_stride];
+    return down_transposed ? down.at(neuron, output) : down.at(output, neuron);
   }
 };
 
@@ -54,11 +109,11 @@ class PanelWriter {
   void write_gate_up(const Source& source, std::int64_t begin, std::int64_t count,
                      std::byte* panel) {
     weights_.assign(static_cast<std::size_t>(d_model_ * kPanelWidth), 0.0f);
-    if (!source.expert.gate.empty()) {
-      rows_to_lanes(source.expert.gate, begin, count, 0, weights_);
-      rows_to_lanes(source.expert.up, begin, count, kPanelWidth / 2, weights_);
+    if (!source.gate.empty()) {
+      rows_to_lanes(source.gate, begin, count, 0, weights_);
+      rows_to_lanes(source.up, begin, count, kPanelWidth / 2, weights_);
     } else {
-      rows_to_lanes(source.expert.up, begin, count, 0, weights_);
+      rows_to_lanes(source.up, begin, count, 0, weights_);
     }
     float scales[kMaxScales] = {};
     widen_scales(layout_.format, weights_, scales);
@@ -131,18 +186,16 @@ std::shared_ptr<std::byte[]> pack_panels(const PackTarget& t, const std::vector<
 
 /// Biases in lane order, panel by panel; empty without any.
 std::vector<float> lane_biases(const PackTarget& t, const std::vector<Source>& sources) {
-  const auto has_bias = [](const Source& s) {
-    return !s.expert.gate_bias.empty() || !s.expert.up_bias.empty();
-  };
+  const auto has_bias = [](const Source& s) { return !s.gate_bias.empty() || !s.up_bias.empty(); };
   if (std::none_of(sources.begin(), sources.end(), has_bias)) return {};
   std::vector<float> lanes(static_cast<std::size_t>(t.panel_begin.back() * kPanelWidth), 0.0f);
   const std::int64_t neurons = t.gated ? kPanelWidth / 2 : kPanelWidth;
   for (std::size_t e = 0; e < sources.size(); ++e)
     for (std::int64_t j = 0; j < t.widths[e]; ++j) {
       float* panel = lanes.data() + (t.panel_begin[e] + j / neurons) * kPanelWidth + j % neurons;
-      const ExpertView& view = sources[e].expert;
-      if (!view.gate_bias.empty()) panel[0] = view.gate_bias[j];
-      if (!view.up_bias.empty()) panel[t.gated ? neurons : 0] = view.up_bias[j];
+      const Source& source = sources[e];
+      if (!source.gate_bias.empty()) panel[0] = source.gate_bias[j];
+      if (!source.up_bias.empty()) panel[t.gated ? neurons : 0] = source.up_bias[j];
     }
   return lanes;
 }
@@ -184,12 +237,21 @@ void Workspace::Free::operator()(std::byte* memory) const {
   ::operator delete[](memory, std::align_val_t{64});
 }
 
+Workspace::Workspace(std::span<std::byte> memory) : view_(memory.data()), size_(memory.size()) {
+  if (reinterpret_cast<std::uintptr_t>(view_) % kAlignment != 0)
+    fail_argument("workspace: {} is not aligned; expected a multiple of {} bytes",
+                  static_cast<const void*>(view_), kAlignment);
+}
+
 std::byte* Workspace::get(std::size_t bytes) {
+  if (bytes > size_ && view_ != nullptr)
+    fail_argument("workspace: {} bytes are needed, it has {}; ask the op's *_workspace_size()",
+                  bytes, size_);
   if (bytes > size_) {
     memory_.reset(static_cast<std::byte*>(::operator new[](bytes, std::align_val_t{64})));
     size_ = bytes;
   }
-  return memory_.get();
+  return view_ != nullptr ? view_ : memory_.get();
 }
 
 PackedLinear::PackedLinear(MatrixView<const float> weight, WeightType type,
@@ -233,13 +295,14 @@ PackedExperts::PackedExperts(const ExpertBank& bank, WeightType type, const Para
       type_(type),
       down_bias_(bank.down_bias) {
   const std::int64_t rows = bank.rows();
-  if (gated_) check_finite("gate", {bank.gate.data(), rows, d_model_});
-  check_finite("up", {bank.up.data(), rows, d_model_});
-  check_finite("down_t", {bank.down_t.data(), rows, d_model_});
+  if (gated_) check_finite("gate", MatrixView(bank.gate.data(), rows, d_model_));
+  check_finite("up", MatrixView(bank.up.data(), rows, d_model_));
+  check_finite("down_t", MatrixView(bank.down_t.data(), rows, d_model_));
   std::vector<Source> sources;
   for (std::int64_t e = 0; e < bank.num_experts(); ++e) {
     widths_.push_back(bank.width(e));
-    sources.push_back({bank.expert(e), bank.down_t.data() + bank.begin[e] * d_model_, d_model_, 1});
+    const ExpertView view = bank.expert(e);
+    sources.push_back({view.gate, view.up, view.down_t, true, view.gate_bias, view.up_bias});
   }
   panel_begin_ = panel_begins(widths_, panel_neurons());
   panel_bytes_ = ExpertPanelLayout(type, gated_, d_model_).bytes();
@@ -258,12 +321,44 @@ PackedExperts::PackedExperts(const FfnView& ffn, WeightType type, const Parallel
   if (gated_) check_finite("gate", ffn.gate);
   check_finite("up", ffn.up);
   check_finite("down", ffn.down);
-  ExpertView view;
-  view.gate = ffn.gate;
-  view.up = ffn.up;
-  view.gate_bias = ffn.gate_bias;
-  view.up_bias = ffn.up_bias;
-  const std::vector<Source> sources{{view, ffn.down.data, 1, ffn.down.row_stride}};
+  const std::vector<Source> sources{
+      {ffn.gate, ffn.up, ffn.down, false, ffn.gate_bias, ffn.up_bias}};
+  panel_begin_ = panel_begins(widths_, panel_neurons());
+  panel_bytes_ = ExpertPanelLayout(type, gated_, d_model_).bytes();
+  const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
+  data_ = pack_panels(target, sources, parallel);
+  lane_bias_ = lane_biases(target, sources);
+}
+
+PackedExperts::PackedExperts(const StackedExperts& stack, WeightType type,
+                             const ParallelFor& parallel)
+    : d_model_(stack.d_model), gated_(stack.gated), activation_(stack.activation), type_(type) {
+  if (stack.num_experts < 1 || stack.width < 1 || d_model_ < 1)
+    fail_argument("pack: {} experts of {} neurons, {} wide; expected at least one of each",
+                  stack.num_experts, stack.width, d_model_);
+  if (stack.dtype != DType::kF32 && stack.dtype != DType::kBF16 && stack.dtype != DType::kF16)
+    fail_argument("pack: stacked experts of {}; expected F32, BF16 or F16",
+                  dtype_name(stack.dtype));
+  const std::int64_t E = stack.num_experts, I = stack.width, rows = gated_ ? 2 * I : I;
+  const StoredRows w13(stack.w13, stack.dtype, E * rows, d_model_);
+  const StoredRows w2(stack.w2, stack.dtype, E * d_model_, I);
+  std::vector<Source> sources;
+  for (std::int64_t e = 0; e < E; ++e) {
+    Source source;
+    if (gated_) source.gate = w13.slice(e * rows, I);
+    source.up = w13.slice(e * rows + rows - I, I);
+    source.down = w2.slice(e * d_model_, d_model_);
+    source.down_transposed = false;
+    check_finite(fmt::format("w13 of expert {}", e), w13.slice(e * rows, rows));
+    check_finite(fmt::format("w2 of expert {}", e), source.down);
+    if (stack.w13_bias != nullptr) {
+      const std::span<const float> bias(stack.w13_bias + e * rows, rows);
+      if (gated_) source.gate_bias = bias.first(I);
+      source.up_bias = bias.last(I);
+    }
+    sources.push_back(source);
+  }
+  widths_.assign(E, I);
   panel_begin_ = panel_begins(widths_, panel_neurons());
   panel_bytes_ = ExpertPanelLayout(type, gated_, d_model_).bytes();
   const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};

@@ -7,7 +7,7 @@ function(cleave_add_guard name script)
 endfunction()
 
 cleave_add_guard(guards_can_fail self_test.sh ${CMAKE_CXX_COMPILER} ${guards}
-                 ${CMAKE_CURRENT_BINARY_DIR}/guards)
+                 ${CMAKE_CURRENT_BINARY_DIR}/guards ${CMAKE_C_COMPILER})
 cleave_add_guard(core_has_no_torch_symbol no_torch_symbol.sh $<TARGET_FILE:cleave_core>)
 # Sanitizers bring calls of their own.
 if(NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")
@@ -25,6 +25,16 @@ endif()
 cleave_add_guard(only_train_includes_torch includes.sh ${PROJECT_SOURCE_DIR})
 cleave_add_guard(public_headers_compile_alone headers_alone.sh ${CMAKE_CXX_COMPILER}
                  ${PROJECT_SOURCE_DIR}/include)
+if(TARGET cleave_c)
+  cleave_add_guard(c_interface_exports c_symbols.sh $<TARGET_FILE:cleave_c> ${PROJECT_SOURCE_DIR}/include)
+endif()
+# With LibTorch comes a dlpack.h, to try ours beside it.
+if(CLEAVE_TRAIN)
+  find_file(CLEAVE_DLPACK_H ATen/dlpack.h PATHS ${TORCH_INCLUDE_DIRS} NO_DEFAULT_PATH)
+  mark_as_advanced(CLEAVE_DLPACK_H)
+endif()
+cleave_add_guard(c_headers_are_c99 c_headers.sh ${CMAKE_C_COMPILER} ${CMAKE_CXX_COMPILER}
+                 ${PROJECT_SOURCE_DIR}/include $<$<BOOL:${CLEAVE_DLPACK_H}>:${CLEAVE_DLPACK_H}>)
 
 # ---- The installed package and the source tree serve projects outside. ----
 function(cleave_add_consumer name)
@@ -33,11 +43,14 @@ function(cleave_add_consumer name)
     COMMAND ${CMAKE_COMMAND} -D CONSUMER=${name} -D CLEAVE_SOURCE_DIR=${PROJECT_SOURCE_DIR}
       -D CLEAVE_BINARY_DIR=${PROJECT_BINARY_DIR} -D WORK_DIR=${CMAKE_CURRENT_BINARY_DIR}/install/${name}
       -D "GENERATOR=${CMAKE_GENERATOR}" -D CXX_COMPILER=${CMAKE_CXX_COMPILER}
-      -D "CXX_FLAGS=${CMAKE_CXX_FLAGS}" -D LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER}
+      -D C_COMPILER=${CMAKE_C_COMPILER} -D "CXX_FLAGS=${CMAKE_CXX_FLAGS}" -D LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER}
       -D "TORCH_DIR=${Torch_DIR}" -P ${CMAKE_CURRENT_SOURCE_DIR}/install/run_consumer.cmake)
   set_tests_properties(install_consumer_${name} PROPERTIES LABELS ${arg_LABEL} TIMEOUT 900)
 endfunction()
 cleave_add_consumer(core LABEL quick)
+if(CLEAVE_SHARED)
+  cleave_add_consumer(c LABEL quick)
+endif()
 cleave_add_consumer(subdirectory LABEL slow)
 if(CLEAVE_TRAIN)
   cleave_add_consumer(train LABEL slow)

@@ -55,6 +55,9 @@ void linear_reference(MatrixView<const float> x, MatrixView<const float> weight,
 /// @throws InvalidArgument  K < 1 or K > E, or a logit is NaN or infinite (names the token)
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
            Routing& routing);
+/// The same into the caller's memory, without an allocation: ids, weights [T, K], written.
+void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
+           std::int32_t* ids, float* weights);
 
 /// The definition of route(): a stable sort and a softmax in double.
 void route_reference(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,

@@ -30,10 +30,18 @@ enum class WeightType {
 const char* weight_type_name(WeightType type);
 std::optional<WeightType> parse_weight_type(std::string_view name);
 
-/// Memory that an op needs beside its operands. Grows to the largest need, then stays. One per
-/// thread of calls (an op uses it from all threads it runs on, in disjoint parts).
+/// Memory that an op needs beside its operands: its own, which grows to the largest need and then
+/// stays, or the caller's. One per thread of calls (an op uses it from all threads it runs on, in
+/// disjoint parts).
 class Workspace {
  public:
+  static constexpr std::size_t kAlignment = 64;
+  Workspace() = default;
+  /// The caller's memory, which must outlive this. An op that needs more than it has throws
+  /// InvalidArgument; moe_ffn_workspace_size() tells what is enough. Two of the same memory may
+  /// serve one call that several threads enter together.
+  /// @throws InvalidArgument  not aligned to kAlignment
+  explicit Workspace(std::span<std::byte> memory);
   /// At least `bytes`, aligned to 64; contents undefined. Valid until the next call.
   std::byte* get(std::size_t bytes);
 
@@ -42,6 +50,7 @@ class Workspace {
     void operator()(std::byte* memory) const;
   };
   std::unique_ptr<std::byte[], Free> memory_;
+  std::byte* view_ = nullptr;
   std::size_t size_ = 0;
 };
 
@@ -67,6 +76,19 @@ class PackedLinear {
   std::shared_ptr<const std::byte[]> data_;
 };
 
+/// Experts as checkpoints and engines keep them: stacked, of F32, BF16 or F16. Views only.
+struct StackedExperts {
+  std::int64_t num_experts = 0;  ///< E
+  std::int64_t d_model = 0;      ///< D
+  std::int64_t width = 0;        ///< I, the neurons of each
+  bool gated = true;
+  Activation activation = Activation::kSilu;
+  DType dtype = DType::kF32;        ///< of w13 and w2
+  const void* w13 = nullptr;        ///< [E, 2I, D], gate rows then up rows; [E, I, D] without gate
+  const void* w2 = nullptr;         ///< [E, D, I]
+  const float* w13_bias = nullptr;  ///< [E, 2I] or [E, I], or none
+};
+
 /// The experts of one layer, or a dense FFN (as one expert), packed: an expert is a row of panels
 /// of 16 neurons (32 without a gate), and a panel holds all that its neurons need, so that a thread
 /// reads one stream. Copies share the weights.
@@ -77,6 +99,8 @@ class PackedExperts {
   PackedExperts(const ExpertBank& bank, WeightType type, const ParallelFor& parallel = {});
   /// A dense FFN: one expert, which dense_ffn() runs for all tokens.
   PackedExperts(const FfnView& ffn, WeightType type, const ParallelFor& parallel = {});
+  /// Reads each weight where it is; needs no memory beside the packed weights.
+  PackedExperts(const StackedExperts& stack, WeightType type, const ParallelFor& parallel = {});
 
   std::int64_t num_experts() const { return static_cast<std::int64_t>(widths_.size()); }
   std::int64_t d_model() const { return d_model_; }
@@ -122,8 +146,25 @@ void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
              MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
              const ParallelFor& parallel);
 
-/// y[t] += dense FFN(x[t]), output bias included; `ffn` holds one expert.
+/// The same for a routing that somebody else owns. With a workspace of moe_ffn_workspace_size() it
+/// allocates nothing. What it does outside of `parallel` writes nothing but its own variables, so
+/// `parallel` may also be the share of one of several threads that all enter this call together.
+void moe_ffn(const PackedExperts& experts, const RoutingView& routing, float scale,
+             MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
+             const ParallelFor& parallel);
+
+/// Bytes of workspace that are enough for moe_ffn() on up to `num_tokens` tokens (T) with K experts
+/// each, on `threads` threads. Depends on nothing else.
+std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t num_tokens,
+                                   std::int64_t experts_per_token, int threads);
+
+/// y[t] += dense FFN(x[t]), output bias included; `ffn` holds one expert. As to memory and threads
+/// like moe_ffn().
 void dense_ffn(const PackedExperts& ffn, MatrixView<const float> x, MatrixView<float> y,
                Workspace& workspace, const ParallelFor& parallel);
+
+/// The same as moe_ffn_workspace_size() for dense_ffn().
+std::size_t dense_ffn_workspace_size(const PackedExperts& ffn, std::int64_t num_tokens,
+                                     int threads);
 
 }  // namespace cleave

@@ -26,6 +26,14 @@ struct Routing {
   std::vector<float> weights;          ///< [T, K]
 };
 
+/// A routing that somebody else owns.
+struct RoutingView {
+  std::int64_t num_tokens = 0;         ///< T
+  std::int64_t experts_per_token = 0;  ///< K
+  const std::int32_t* ids = nullptr;   ///< [T, K], distinct within a token
+  const float* weights = nullptr;      ///< [T, K]
+};
+
 /// A linear, bias-free router: logits = W x. (A bias is not representable in most export targets.)
 struct LinearRouter {
   std::int64_t num_experts = 0;  ///< E

@@ -8,6 +8,17 @@
 
 namespace cleave {
 
+void check_routing(const char* function, const RoutingView& routing, std::int64_t num_experts) {
+  const std::int64_t pairs = routing.num_tokens * routing.experts_per_token;
+  for (std::int64_t i = 0; i < pairs; ++i)
+    if (routing.ids[i] < 0 || routing.ids[i] >= num_experts)
+      throw InvalidArgument(fmt::format(
+          "{}: token {} is routed to expert {}, but there are {} experts (0 to {}); "
+          "was the routing "
+          "made for another layer?",
+          function, i / routing.experts_per_token, routing.ids[i], num_experts, num_experts - 1));
+}
+
 void check_routing(const char* function, const Routing& routing, std::int64_t num_experts) {
   const auto pairs = static_cast<std::size_t>(routing.num_tokens * routing.experts_per_token);
   if (routing.ids.size() != pairs || routing.weights.size() != pairs)
@@ -15,14 +26,10 @@ void check_routing(const char* function, const Routing& routing, std::int64_t nu
         "{}: routing of {} tokens x {} experts has {} ids and {} weights; both must be {}",
         function, routing.num_tokens, routing.experts_per_token, routing.ids.size(),
         routing.weights.size(), pairs));
-  for (std::size_t i = 0; i < pairs; ++i)
-    if (routing.ids[i] < 0 || routing.ids[i] >= num_experts)
-      throw InvalidArgument(
-          fmt::format("{}: token {} is routed to expert {}, but there are {} experts (0 to {}); "
-                      "was the routing "
-                      "made for another layer?",
-                      function, static_cast<std::int64_t>(i) / routing.experts_per_token,
-                      routing.ids[i], num_experts, num_experts - 1));
+  check_routing(function,
+                RoutingView{routing.num_tokens, routing.experts_per_token, routing.ids.data(),
+                            routing.weights.data()},
+                num_experts);
 }
 
 TokenGroups group_tokens(const Routing& routing, std::int64_t num_experts) {

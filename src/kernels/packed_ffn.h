@@ -24,6 +24,11 @@ struct FfnCall {
 void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
 /// Many: weights are unpacked once per pass. See packed_ffn_prefill.cpp.
 void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
+/// What they need of a workspace for up to `tokens` tokens.
+std::size_t decode_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
+                         std::int64_t parts);
+std::size_t prefill_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
+                          std::int64_t parts);
 
 /// Cuts a piece of memory into arrays; with nullptr it only adds up what they need.
 class Carver {

@@ -29,17 +29,49 @@ void check_packed_shapes(const char* function, const PackedExperts& experts,
                   x.rows, x.cols, y.rows, y.cols, experts.d_model());
 }
 
+/// Room that dense_ffn() needs before that of moe_ffn(): ids and weights [T].
+std::size_t dense_routing_bytes(std::int64_t T) {
+  Carver sizes(nullptr);
+  sizes.take<std::int32_t>(T);
+  sizes.take<float>(T);
+  return sizes.used();
+}
+
 }  // namespace
+
+std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t num_tokens,
+                                   std::int64_t experts_per_token, int threads) {
+  const std::int64_t T = num_tokens, k = experts_per_token, parts = std::max(1, threads);
+  if (T < 1 || k < 1) return 0;
+  // Fewer tokens than these may be run in the other way.
+  const std::int64_t decoded = std::min(T, (kPrefillRows * experts.num_experts() - 1) / k);
+  return std::max(decode_bytes(experts, decoded, k, parts), prefill_bytes(experts, T, k, parts));
+}
+
+void moe_ffn(const PackedExperts& experts, const RoutingView& routing, float scale,
+             MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
+             const ParallelFor& parallel) {
+  check_packed_shapes("moe_ffn", experts, x, y);
+  if (routing.num_tokens != x.rows)
+    fail_argument("moe_ffn: the routing is of {} tokens, x has {}", routing.num_tokens, x.rows);
+  check_routing("moe_ffn", routing, experts.num_experts());
+  run({experts, routing.ids, routing.weights, routing.experts_per_token, scale, x, y}, workspace,
+      parallel);
+}
 
 void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
              MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
              const ParallelFor& parallel) {
   check_routing("moe_ffn", routing, experts.num_experts());
-  check_packed_shapes("moe_ffn", experts, x, y);
-  if (routing.num_tokens != x.rows)
-    fail_argument("moe_ffn: the routing is of {} tokens, x has {}", routing.num_tokens, x.rows);
-  run({experts, routing.ids.data(), routing.weights.data(), routing.experts_per_token, scale, x, y},
-      workspace, parallel);
+  const RoutingView view{routing.num_tokens, routing.experts_per_token, routing.ids.data(),
+                         routing.weights.data()};
+  moe_ffn(experts, view, scale, x, y, workspace, parallel);
+}
+
+std::size_t dense_ffn_workspace_size(const PackedExperts& ffn, std::int64_t num_tokens,
+                                     int threads) {
+  if (num_tokens < 1) return 0;
+  return dense_routing_bytes(num_tokens) + moe_ffn_workspace_size(ffn, num_tokens, 1, threads);
 }
 
 void dense_ffn(const PackedExperts& ffn, MatrixView<const float> x, MatrixView<float> y,
@@ -47,12 +79,25 @@ void dense_ffn(const PackedExperts& ffn, MatrixView<const float> x, MatrixView<f
   if (ffn.num_experts() != 1)
     fail_argument("dense_ffn: {} experts; a dense FFN is one", ffn.num_experts());
   check_packed_shapes("dense_ffn", ffn, x, y);
-  const std::vector<std::int32_t> ids(static_cast<std::size_t>(x.rows), 0);
-  const std::vector<float> ones(static_cast<std::size_t>(x.rows), 1.0f);
-  run({ffn, ids.data(), ones.data(), 1, 1.0f, x, y}, workspace, parallel);
+  const std::int64_t T = x.rows;
+  if (T == 0) return;
+  const std::size_t bytes = dense_ffn_workspace_size(ffn, T, parallel.threads);
+  std::byte* memory = workspace.get(bytes);
+  Carver room(memory);
+  auto* ids = room.take<std::int32_t>(T);
+  auto* ones = room.take<float>(T);
+  constexpr std::int64_t kTokensPerRange = 256;
+  parallel(T, kTokensPerRange, [&](std::int64_t begin, std::int64_t end) {
+    std::fill(ids + begin, ids + end, 0);
+    std::fill(ones + begin, ones + end, 1.0f);
+  });
+  Workspace rest(std::span<std::byte>(memory + room.used(), bytes - room.used()));
+  run({ffn, ids, ones, 1, 1.0f, x, y}, rest, parallel);
   if (ffn.down_bias().empty()) return;
-  for (std::int64_t t = 0; t < y.rows; ++t)
-    isa_kernels().add(ffn.down_bias().data(), y.row(t), y.cols);
+  parallel(T, kTokensPerRange, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t)
+      isa_kernels().add(ffn.down_bias().data(), y.row(t), y.cols);
+  });
 }
 
 }  // namespace cleave

@@ -13,8 +13,9 @@
 namespace cleave {
 namespace {
 
-/// What one part writes beside its sum. Lives in the workspace.
+/// What one part writes. Lives in the workspace.
 struct DecodeScratch {
+  float* sum;  // [tokens, D] its share of y; the first part writes y itself
   PairGroups groups;
   float* products;    // [8, 32] gate|up of a panel
   float* hidden;      // [8, 32]
@@ -25,17 +26,19 @@ struct DecodeScratch {
   float* row_weight;  // [tokens]
 };
 
-DecodeScratch carve_decode(Carver& from, const FfnCall& call) {
-  const std::int64_t T = call.x.rows, D = call.x.cols;
+DecodeScratch carve_decode(Carver& from, const PackedExperts& experts, std::int64_t tokens,
+                           std::int64_t k) {
+  const std::int64_t blocks = num_blocks(experts.d_model());
   DecodeScratch s;
-  s.groups = carve_groups(from, call.experts.num_experts(), T * call.k);
+  s.sum = from.take<float>(tokens * experts.d_model());
+  s.groups = carve_groups(from, experts.num_experts(), tokens * k);
   s.products = from.take<float>(kMaxPanelRows * kPanelWidth);
   s.hidden = from.take<float>(kMaxPanelRows * kPanelWidth);
-  s.x_sums = from.take<float>(call.experts.type() == WeightType::kInt4 ? T * num_blocks(D) : 0);
-  s.padding = from.take<float>(num_blocks(D) * kPanelWidth);
+  s.x_sums = from.take<float>(experts.type() == WeightType::kInt4 ? tokens * blocks : 0);
+  s.padding = from.take<float>(blocks * kPanelWidth);
   s.zeros = from.take<float>(kPanelWidth);
   s.tail = from.take<float>(kMaxPanelRows * kPanelWidth);
-  s.row_weight = from.take<float>(T);
+  s.row_weight = from.take<float>(tokens);
   return s;
 }
 
@@ -148,25 +151,26 @@ class DecodePart {
 
 }  // namespace
 
+std::size_t decode_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
+                         std::int64_t parts) {
+  Carver sizes(nullptr);
+  carve_decode(sizes, experts, tokens, k);
+  return sizes.used() * static_cast<std::size_t>(parts);
+}
+
 void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
   const std::int64_t T = call.x.rows, D = call.x.cols, parts = std::max(1, parallel.threads);
-  Carver sizes(nullptr);
-  sizes.take<float>(T * D);
-  carve_decode(sizes, call);
-  std::byte* memory = workspace.get(sizes.used() * static_cast<std::size_t>(parts));
-  const auto sum_of = [&](std::int64_t part) {
-    return reinterpret_cast<float*>(memory + sizes.used() * static_cast<std::size_t>(part));
+  const std::size_t each = decode_bytes(call.experts, T, call.k, 1);
+  std::byte* memory = workspace.get(each * static_cast<std::size_t>(parts));
+  const auto scratch_of = [&](std::int64_t part) {
+    Carver room(memory + each * static_cast<std::size_t>(part));
+    return carve_decode(room, call.experts, T, call.k);
   };
   parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
     for (std::int64_t part = part_begin; part < part_end; ++part) {
-      Carver room(memory + sizes.used() * static_cast<std::size_t>(part));
-      auto* sum = room.take<float>(T * D);
-      MatrixView<float> y = call.y;
-      if (part > 0) {
-        std::fill_n(sum, T * D, 0.0f);
-        y = {sum, T, D};
-      }
-      DecodePart runner(call, carve_decode(room, call), y);
+      const DecodeScratch scratch = scratch_of(part);
+      if (part > 0) std::fill_n(scratch.sum, T * D, 0.0f);
+      DecodePart runner(call, scratch, part > 0 ? MatrixView<float>(scratch.sum, T, D) : call.y);
       // A panel costs its reading and its rows; the constant is what a row's arithmetic is worth.
       const auto cost = [&](std::int64_t e) {
         return runner.rows(e) == 0 ? 0 : 12 + runner.rows(e);
@@ -181,7 +185,7 @@ void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& pa
   parallel(T, kRowsPerRange, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t part = 1; part < parts; ++part)
       for (std::int64_t t = begin; t < end; ++t)
-        isa_kernels().add(sum_of(part) + t * D, call.y.row(t), D);
+        isa_kernels().add(scratch_of(part).sum + t * D, call.y.row(t), D);
   });
 }
 

@@ -71,16 +71,17 @@ std::int64_t hidden_size(const PackedExperts& experts, std::int64_t tokens, std:
   return tokens * (k * skewed_stride(widest) + k / 2 * kLine);
 }
 
-Shared carve_shared(Carver& from, const FfnCall& call, std::int64_t tokens) {
-  const std::int64_t E = call.experts.num_experts(), pairs = tokens * call.k;
+Shared carve_shared(Carver& from, const PackedExperts& experts, std::int64_t tokens,
+                    std::int64_t k) {
+  const std::int64_t E = experts.num_experts(), pairs = tokens * k;
   Shared s;
   s.groups = carve_groups(from, E, pairs);
   s.token = from.take<std::int32_t>(pairs);
   s.weight = from.take<float>(pairs);
   s.runs = from.take<Run>(E);
   s.num_runs = from.take<std::int64_t>(1);
-  s.x = from.take<float>(tokens * skewed_stride(call.x.cols));
-  s.hidden = from.take<float>(hidden_size(call.experts, tokens, call.k));
+  s.x = from.take<float>(tokens * skewed_stride(experts.d_model()));
+  s.hidden = from.take<float>(hidden_size(experts, tokens, k));
   return s;
 }
 
@@ -305,16 +306,24 @@ class PrefillPart {
 
 }  // namespace
 
+std::size_t prefill_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
+                          std::int64_t parts) {
+  const std::int64_t pass = std::min(tokens, kPassTokens);
+  Carver shared(nullptr), part(nullptr);
+  carve_shared(shared, experts, pass, k);
+  carve_scratch(part, pass);
+  return shared.used() + part.used() * static_cast<std::size_t>(parts);
+}
+
 void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
   const std::int64_t T = call.x.rows, D = call.x.cols, parts = std::max(1, parallel.threads);
   const std::int64_t passes = (T + kPassTokens - 1) / kPassTokens, pass = (T + passes - 1) / passes;
-  Carver shared_size(nullptr), part_size(nullptr);
-  carve_shared(shared_size, call, pass);
-  carve_scratch(part_size, pass);
-  std::byte* memory =
-      workspace.get(shared_size.used() + part_size.used() * static_cast<std::size_t>(parts));
-  Carver shared_room(memory);
-  Shared shared = carve_shared(shared_room, call, pass);
+  std::byte* memory = workspace.get(prefill_bytes(call.experts, pass, call.k, parts));
+  Carver room(memory);
+  Shared shared = carve_shared(room, call.experts, pass, call.k);
+  const std::size_t shared_bytes = room.used();
+  carve_scratch(room, pass);
+  const std::size_t part_bytes = room.used() - shared_bytes;
   const std::int64_t stride = skewed_stride(D), panels = num_blocks(D);
   for (std::int64_t first = 0; first < T; first += pass) {
     const std::int64_t count = std::min(pass, T - first);
@@ -327,9 +336,8 @@ void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& p
     const auto run_parts = [&](const auto& body) {
       parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
         for (std::int64_t part = part_begin; part < part_end; ++part) {
-          Carver room(memory + shared_size.used() +
-                      part_size.used() * static_cast<std::size_t>(part));
-          const Scratch scratch = carve_scratch(room, pass);
+          Carver own(memory + shared_bytes + part_bytes * static_cast<std::size_t>(part));
+          const Scratch scratch = carve_scratch(own, pass);
           PrefillPart runner(call, shared, scratch, {shared.x, count, D, stride},
                              call.y.slice_rows(first, count));
           body(runner, part);

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "cleave/error.h"
@@ -55,20 +56,27 @@ void check_logits(const char* function, const float* logits, std::int64_t num_ex
 }
 
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
-           Routing& routing) {
+           std::int32_t* ids, float* weights) {
   check_experts_per_token("route", experts_per_token, logits.cols);
   const std::int64_t K = experts_per_token;
-  routing.num_tokens = logits.rows;
-  routing.experts_per_token = K;
-  routing.ids.resize(logits.rows * K);
-  routing.weights.assign(logits.rows * K, 1.0f);
   for (std::int64_t t = 0; t < logits.rows; ++t) {
     check_logits("route", logits.row(t), logits.cols, t);
-    std::int32_t* ids = routing.ids.data() + t * K;
-    select_largest(logits.row(t), logits.cols, K, ids);
+    select_largest(logits.row(t), logits.cols, K, ids + t * K);
     if (mode == GateMode::kSoftmax)
-      softmax_selected(logits.row(t), ids, K, routing.weights.data() + t * K);
+      softmax_selected(logits.row(t), ids + t * K, K, weights + t * K);
+    else
+      std::fill_n(weights + t * K, K, 1.0f);
   }
+}
+
+void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
+           Routing& routing) {
+  check_experts_per_token("route", experts_per_token, logits.cols);
+  routing.num_tokens = logits.rows;
+  routing.experts_per_token = experts_per_token;
+  routing.ids.resize(logits.rows * experts_per_token);
+  routing.weights.resize(logits.rows * experts_per_token);
+  route(logits, experts_per_token, mode, routing.ids.data(), routing.weights.data());
 }
 
 }  // namespace cleave

@@ -1,7 +1,7 @@
 #!/bin/sh
-# self_test.sh COMPILER GUARDS_DIR WORK_DIR: shows every guard a violation and a clean file; a guard
+# self_test.sh COMPILER GUARDS_DIR WORK_DIR C_COMPILER: shows every guard a violation and a clean file; a guard
 # that lets the violation pass, or stops the clean file, fails this test.
-compiler=$1 guards=$2 work=$3
+compiler=$1 guards=$2 work=$3 cc=$4
 rm -rf "$work" && mkdir -p "$work" && cd "$work" || exit 2
 status=0
 object() { # object NAME CODE
@@ -52,4 +52,23 @@ echo '#include <c10/core/Device.h>' >tree/src/bad.cpp
 expect 1 sh "$guards/includes.sh" tree
 echo 'std::string name();' >tree/include/cleave/bad.h
 expect 1 sh "$guards/headers_alone.sh" "$compiler" tree/include
+
+mkdir -p c/cleave
+printf '%s\n' '#define CLEAVE_C_API' 'CLEAVE_C_API const char* cleave_a(void);' \
+  'CLEAVE_C_API int cleave_b(int value,' '  int other);' >c/cleave/c_api.h
+library() { # library CODE: libc.so
+  printf '%s\n' "$1" >c.cpp && $compiler -shared -fPIC c.cpp -o libc.so || exit 2
+}
+a='extern "C" const char* cleave_a() { return ""; }' b='extern "C" int cleave_b(int, int) { return 1; }'
+library "$a $b"
+expect 0 sh "$guards/c_symbols.sh" libc.so c
+library "$a $b int extra() { return 1; }"
+expect 1 sh "$guards/c_symbols.sh" libc.so c
+library "$a"
+expect 1 sh "$guards/c_symbols.sh" libc.so c
+expect 2 sh "$guards/c_symbols.sh" missing.so c
+echo 'extern int c;' >c/cleave/c_dlpack.h
+expect 0 sh "$guards/c_headers.sh" "$cc" "$compiler" c
+echo 'inline int three() { return 3; } bool b;' >c/cleave/c_dlpack.h
+expect 1 sh "$guards/c_headers.sh" "$cc" "$compiler" c
 exit $status

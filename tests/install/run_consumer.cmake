@@ -17,6 +17,11 @@ endfunction()
 if(NOT CONSUMER STREQUAL "subdirectory")
   run(${CMAKE_COMMAND} --install ${CLEAVE_BINARY_DIR} --prefix ${prefix})
 endif()
+if(CONSUMER STREQUAL "c")
+  # Not CMake's find_package() but pkg-config, against the shared library and then the static one.
+  run(sh ${source}/build.sh ${C_COMPILER} ${prefix} ${WORK_DIR} ${CXX_FLAGS})
+  return()
+endif()
 set(configure ${CMAKE_COMMAND} -S ${source} -B ${WORK_DIR}/build -G ${GENERATOR}
     -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_COMPILER=${CXX_COMPILER} "-DCMAKE_CXX_FLAGS=${CXX_FLAGS}"
     -DCMAKE_CXX_COMPILER_LAUNCHER=${LAUNCHER} -DCMAKE_PREFIX_PATH=${prefix}
