@@ -99,10 +99,12 @@ class PartRunner {
     std::fill_n(s_.begin, E + 1, 0);
     const auto pairs_begin = static_cast<std::int32_t>(first * call_.k);
     const auto pairs_end = static_cast<std::int32_t>((first + count) * call_.k);
-    for (std::int32_t p = pairs_begin; p < pairs_end; ++p) ++s_.begin[call_.ids[p] + 1];
+    for (std::int32_t p = pairs_begin; p < pairs_end; ++p)
+      if (call_.ids[p] != Routing::kUnused) ++s_.begin[call_.ids[p] + 1];
     for (std::int64_t e = 0; e < E; ++e) s_.begin[e + 1] += s_.begin[e];
     std::copy_n(s_.begin, E, s_.next);
-    for (std::int32_t p = pairs_begin; p < pairs_end; ++p) place(p);
+    for (std::int32_t p = pairs_begin; p < pairs_end; ++p)
+      if (call_.ids[p] != Routing::kUnused) place(p);
     first_ = first;
     count_ = count;
     if (layout_.format != PanelFormat::kInt4) return;
