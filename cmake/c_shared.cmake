@@ -4,7 +4,8 @@
 file(STRINGS include/cleave/c_api.h abi_line REGEX "#define CLEAVE_ABI_VERSION")
 string(REGEX REPLACE ".* ([0-9]+)$" "\\1" cleave_abi_version "${abi_line}")
 get_property(isa_objects GLOBAL PROPERTY cleave_isa_objects)
-add_library(cleave_c SHARED $<TARGET_OBJECTS:cleave_core> ${isa_objects})
+add_library(cleave_c SHARED $<TARGET_OBJECTS:cleave_core> $<TARGET_OBJECTS:cleave_compute>
+            ${isa_objects})
 add_library(cleave::c ALIAS cleave_c)
 target_include_directories(cleave_c PUBLIC
   $<BUILD_INTERFACE:${PROJECT_SOURCE_DIR}/include> $<INSTALL_INTERFACE:${CMAKE_INSTALL_INCLUDEDIR}>)

@@ -40,9 +40,18 @@ std::size_t MergeTable::first_slot(std::uint64_t key) const noexcept {
 }
 
 void MergeTable::insert(std::int32_t left, std::int32_t right, Merge merge) {
-  const std::uint64_t key = key_of(left, right);
+  put(key_of(left, right), merge);
+  if (2 * size_ < slots_.size()) return;
+  MergeTable larger(size_ + 1);
+  for (const Slot& slot : slots_)
+    if (slot.key != kEmpty) larger.put(slot.key, slot.merge);
+  *this = std::move(larger);
+}
+
+void MergeTable::put(std::uint64_t key, Merge merge) {
   std::size_t slot = first_slot(key);
   while (slots_[slot].key != kEmpty && slots_[slot].key != key) slot = (slot + 1) & mask_;
+  if (slots_[slot].key == kEmpty) ++size_;
   slots_[slot] = {key, merge};
 }
 
@@ -82,7 +91,7 @@ void Bpe::read_vocab(const JsonNode& vocab) {
 void Bpe::read_merges(const JsonNode& merges) {
   if (!merges.value().is_array()) merges.fail("expected an array");
   merges_ = MergeTable(merges.value().size());
-  joints_ = MergeTable(4 * merges.value().size());
+  joints_ = MergeTable(0);  // few of the four pairs a merge gives are new
   std::int32_t rank = 0;
   for (const nlohmann::json& merge : merges.value()) {
     if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {

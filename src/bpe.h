@@ -24,6 +24,7 @@ struct Merge {
 /// std::unordered_map takes two or three. Encoding a text is mostly this look-up.
 class MergeTable {
  public:
+  /// Room for `expected` pairs; grows beyond.
   explicit MergeTable(std::size_t expected = 0);
   void insert(std::int32_t left, std::int32_t right, Merge merge);  ///< replaces an equal pair
   const Merge* find(std::int32_t left, std::int32_t right) const noexcept;
@@ -36,8 +37,10 @@ class MergeTable {
   static constexpr std::uint64_t kEmpty = ~std::uint64_t{0};
   static std::uint64_t key_of(std::int32_t left, std::int32_t right) noexcept;
   std::size_t first_slot(std::uint64_t key) const noexcept;
+  void put(std::uint64_t key, Merge merge);
 
-  std::vector<Slot> slots_;  // a power of two, at most half full
+  std::vector<Slot> slots_;  // a power of two, less than half full
+  std::size_t size_ = 0;
   std::uint64_t mask_ = 0;
 };
 

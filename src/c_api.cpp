@@ -121,6 +121,7 @@ void c_check_ids(const cleave_ffn_call& call, std::int64_t E) {
   for (std::int64_t t = 0; t < call.num_tokens; ++t) {
     const std::int32_t* ids = call.topk_ids + t * K;
     for (std::int64_t k = 0; k < K; ++k) {
+      if (ids[k] == Routing::kUnused) continue;
       if (ids[k] < 0 || ids[k] >= E)
         fail_argument("topk_ids[{}, {}] is {}, but there are {} experts (0 to {})", t, k, ids[k], E,
                       E - 1);
@@ -155,6 +156,7 @@ void c_add_biases(const cleave_experts& experts, const cleave_ffn_call& call, fl
       float* row = y.row(t);
       for (std::int64_t k = 0; k < K && !experts.w2_bias.empty(); ++k) {
         const std::int64_t e = call.topk_ids != nullptr ? call.topk_ids[t * K + k] : 0;
+        if (e == Routing::kUnused) continue;
         const float weight =
             call.topk_ids != nullptr ? scale * call.topk_weights[t * K + k] : scale;
         const float* bias = experts.w2_bias.data() + e * D;

@@ -7,6 +7,7 @@
 #include "decoder_tensors.h"
 #include "fail.h"
 #include "gguf_tokenizer.h"
+#include "hash64.h"
 #include "mapped_file.h"
 #include "model_files.h"
 #include "quants.h"
@@ -78,7 +79,9 @@ DType matrix_dtype(const std::vector<TensorInfo>& infos, DType otherwise) {
   return most == elements.end() ? otherwise : most->first;
 }
 
-void check_finite(std::span<const float> values, const std::string& name, const fs::path& path) {
+/// `first`: the tensor's element that values[0] is.
+void check_finite(std::span<const float> values, const std::string& name, std::int64_t first,
+                  const fs::path& path) {
   // An exponent of all ones is infinity or NaN. Without a branch inside the loop it is vectorised.
   constexpr std::uint32_t kExponent = 0x7f800000u;
   std::uint32_t any = 0;
@@ -89,21 +92,25 @@ void check_finite(std::span<const float> values, const std::string& name, const 
     return (std::bit_cast<std::uint32_t>(value) & kExponent) == kExponent;
   });
   fail_file("{}: tensor '{}' holds {} at element {}; expected finite weights", path.string(), name,
-            *bad, bad - values.begin());
+            *bad, first + (bad - values.begin()));
 }
 
-/// Stored row 2j of a head is its row j, stored row 2j + 1 its row j + half.
-void undo_interleaving(std::span<float> values, std::int64_t rows, std::int64_t heads) {
-  const std::int64_t cols = static_cast<std::int64_t>(values.size()) / rows;
-  const std::int64_t head_rows = rows / heads;
-  const std::int64_t half = head_rows / 2;
-  const std::vector<float> stored(values.begin(), values.end());
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int64_t in_head = r % head_rows;
-    const std::int64_t from =
-        r - in_head + (in_head < half ? 2 * in_head : 2 * (in_head - half) + 1);
-    std::copy_n(stored.begin() + from * cols, cols, values.begin() + r * cols);
+/// Where row r is stored if the rows of each head are interleaved: stored row 2j of a head is its
+/// row j, stored row 2j + 1 its row j + half.
+std::int64_t stored_row(std::int64_t r, std::int64_t rows, std::int64_t heads) {
+  const std::int64_t head_rows = rows / heads, half = head_rows / 2, in_head = r % head_rows;
+  return r - in_head + (in_head < half ? 2 * in_head : 2 * (in_head - half) + 1);
+}
+
+/// Hashes of 64 evenly spread blocks of a file, the first and the last among them.
+std::vector<std::uint64_t> hash_pieces(std::span<const std::byte> bytes) {
+  constexpr std::size_t kPieces = 64, kBlock = 4096;
+  std::vector<std::uint64_t> hashes;
+  for (std::size_t i = 0; i < kPieces; ++i) {
+    const std::size_t size = std::min(kBlock, bytes.size());
+    hashes.push_back(hash64(bytes.subspan((bytes.size() - size) / (kPieces - 1) * i, size)));
   }
+  return hashes;
 }
 
 }  // namespace
@@ -158,11 +165,36 @@ void Checkpoint::read(std::string_view name, std::span<float> out) const {
   if (static_cast<std::int64_t>(out.size()) != info.num_elements())
     fail_argument("Checkpoint::read: '{}' has {} elements, the output {}", name,
                   info.num_elements(), out.size());
-  decode(info.dtype, stored.bytes, out);
-  check_finite(out, info.name, impl_->path);
   if (stored.interleaved_heads > 0)
-    undo_interleaving(out, info.shape.front(), stored.interleaved_heads);
+    return read_rows(name, 0,
+                     {out.data(), info.shape.front(), info.num_elements() / info.shape.front()});
+  decode(info.dtype, stored.bytes, out);
+  check_finite(out, info.name, 0, impl_->path);
 }
+
+void Checkpoint::read_rows(std::string_view name, std::int64_t first, MatrixView<float> out) const {
+  const std::size_t index = impl_->index(name);
+  const TensorInfo& info = impl_->files.infos[index];
+  const StoredTensor& stored = impl_->files.stored[index];
+  const std::int64_t rows = info.shape.empty() ? 0 : info.shape.front();
+  if (rows < 1 || info.num_elements() != rows * out.cols || first < 0 || out.rows > rows - first)
+    fail_argument(
+        "Checkpoint::read_rows: '{}' has shape {}; it holds no {} rows of {} from row {} on", name,
+        shape_text(info.shape), out.rows, out.cols, first);
+  // Blocks of quantised types do not reach over the end of a row: readers check that.
+  const auto row_bytes = stored.bytes.size() / static_cast<std::size_t>(rows);
+  for (std::int64_t r = 0; r < out.rows; ++r) {
+    const std::int64_t from = stored.interleaved_heads > 0
+                                  ? stored_row(first + r, rows, stored.interleaved_heads)
+                                  : first + r;
+    const std::span<float> row(out.row(r), static_cast<std::size_t>(out.cols));
+    decode(info.dtype, stored.bytes.subspan(static_cast<std::size_t>(from) * row_bytes, row_bytes),
+           row);
+    check_finite(row, info.name, (first + r) * out.cols, impl_->path);
+  }
+}
+
+void Checkpoint::release(std::string_view name) const { release_pages(raw(name)); }
 
 std::vector<float> Checkpoint::read(std::string_view name) const {
   std::vector<float> values(static_cast<std::size_t>(info(name).num_elements()));
@@ -217,5 +249,17 @@ std::string Checkpoint::config_json() const {
 }
 
 std::string Checkpoint::sha256() const { return sha256_of_files(impl_->files.weight_files); }
+
+std::string Checkpoint::fingerprint() const {
+  std::string text = config_json();
+  for (const fs::path& path : impl_->files.weight_files) {
+    std::error_code error;
+    const auto changed = fs::last_write_time(path, error).time_since_epoch().count();
+    const MappedFile file = MappedFile::open(path);
+    text += fmt::format("\n{} {} {}", path.filename().string(), file.bytes().size(), changed);
+    for (const std::uint64_t hash : hash_pieces(file.bytes())) text += fmt::format(" {:x}", hash);
+  }
+  return fmt::format("{:016x}", hash64(std::as_bytes(std::span(text))));
+}
 
 }  // namespace cleave

@@ -1,10 +1,13 @@
 #pragma once
 
+#include <functional>
+#include <string>
 #include <variant>
 #include <vector>
 
 #include "cleave/checkpoint.h"
 #include "cleave/expert.h"
+#include "cleave/model.h"
 #include "cleave/moe_layer.h"
 #include "cleave/packed.h"
 
@@ -30,6 +33,12 @@ struct LayerWeights {
   std::variant<PackedExperts, PackedMoe> ffn;
 };
 
+/// A token has one row of the vocabulary's matrices to itself, and no other weight repairs it: 4
+/// bits cost more there than they save.
+inline WeightType vocabulary_weight_type(WeightType type) {
+  return type == WeightType::kInt4 ? WeightType::kInt8 : type;
+}
+
 struct DecoderWeights {
   PackedLinear embedding;  ///< [V, D]
   std::vector<LayerWeights> layers;
@@ -39,9 +48,44 @@ struct DecoderWeights {
 
 PackedMoe pack(const MoeLayer& layer, WeightType type, const ParallelFor& parallel);
 
-/// Reads and packs, one tensor after the other: no more than one layer is in memory twice.
-/// @throws FileError  a tensor is missing, has the wrong shape or holds NaN
-DecoderWeights load_decoder(const Checkpoint& checkpoint, WeightType type,
-                            const ParallelFor& parallel);
+/// Reads a checkpoint's tensors and packs them, a part of the decoder at a time. What was read is
+/// given back to the system: besides the packed weights, one layer's FFN is in memory, as float32.
+class DecoderPacker {
+ public:
+  /// @throws FileError  a tensor is missing or has the wrong shape; reading one: it holds NaN
+  DecoderPacker(const Checkpoint& checkpoint, WeightType type, const ParallelFor& parallel);
+
+  PackedLinear embedding() const { return linear("model.embed_tokens.weight", vocabulary_type()); }
+  LayerWeights layer(std::int64_t l) const;
+  std::vector<float> final_norm() const { return floats("model.norm.weight"); }
+  /// Only where it is not tied to the embedding.
+  PackedLinear head() const { return linear("lm_head.weight", vocabulary_type()); }
+  DecoderWeights all() const;
+
+ private:
+  WeightType vocabulary_type() const { return vocabulary_weight_type(type_); }
+  std::vector<float> floats(const std::string& name) const;
+  PackedLinear linear(const std::string& name, WeightType type) const;
+  PackedLinear stacked(const std::vector<std::string>& names) const;
+  DenseFfn dense_ffn(const std::string& prefix) const;
+  MoeLayer moe_layer(std::int64_t l) const;
+  void append(const std::string& name, std::vector<float>& to) const;
+
+  const Checkpoint& source_;
+  const ModelConfig& c_;
+  WeightType type_;
+  const ParallelFor& parallel_;
+};
+
+/// The weights of a model, packed now or mapped from the file that CacheSpec names.
+struct LoadedDecoder {
+  DecoderWeights weights;
+  bool mapped = false;  ///< they are the file's pages
+};
+/// @throws FileError  the checkpoint cannot be loaded. What is wrong with the cache file is told to
+///                    `notice` instead, and the weights are packed.
+LoadedDecoder load_decoder(const Checkpoint& checkpoint, WeightType type, const CacheSpec& cache,
+                           const std::function<void(const std::string&)>& notice,
+                           const ParallelFor& parallel);
 
 }  // namespace cleave

@@ -94,21 +94,27 @@ class LoadCounter {
   ForwardHooks hooks() {
     ForwardHooks hooks;
     hooks.routing = [this](std::int64_t layer, const Routing& routing) {
-      for (const std::int32_t id : routing.ids) ++counts_[layer][id];
+      for (const std::int32_t id : routing.ids)
+        if (id != Routing::kUnused) ++counts_[layer][id];
     };
     return hooks;
   }
-  std::vector<LayerLoad> result() const {
-    std::vector<LayerLoad> loads;
-    for (const auto& counts : counts_) loads.push_back(load(counts));
-    return loads;
+  void result(EvalResult& result) const {
+    double active = 0.0, layers = 0.0;
+    for (const auto& counts : counts_) {
+      result.load.push_back(load(counts, result.tokens));
+      active += result.load.back().active_experts;
+      layers += counts.empty() ? 0.0 : 1.0;
+    }
+    if (layers > 0.0) result.active_experts = active / layers;
   }
 
  private:
-  static LayerLoad load(const std::vector<std::int64_t>& counts) {
+  static LayerLoad load(const std::vector<std::int64_t>& counts, std::int64_t tokens) {
     LayerLoad load;
     std::int64_t total = 0;
     for (const std::int64_t count : counts) total += count;
+    load.active_experts = static_cast<double>(total) / static_cast<double>(tokens);
     for (const std::int64_t count : counts) {
       const double share = static_cast<double>(count) / static_cast<double>(total);
       load.share.push_back(share);
@@ -174,7 +180,7 @@ EvalResult evaluate(Model& model, const TokenWindows& text, Model* reference,
   result.perplexity = std::exp(result.mean_nll);
   result.elapsed_s = runner.elapsed_s();
   result.tokens_per_s = static_cast<double>(result.tokens) / result.elapsed_s;
-  result.load = load.result();
+  load.result(result);
   if (!against) return result;
   result.has_reference = true;
   result.kl = sums.kl / positions;

@@ -27,6 +27,10 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
+/// Gives back the memory of mapped bytes (whole pages around them; those of a neighbour come in
+/// again when touched). Only for bytes of a MappedFile.
+void release_pages(std::span<const std::byte> bytes);
+
 /// The whole of a small text file.
 /// @throws FileError  missing or not readable
 std::string read_text_file(const std::filesystem::path& path);

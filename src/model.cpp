@@ -47,6 +47,19 @@ struct ForwardRoom {
   MatrixView<float> cosine, sine;  // [T, head_dim / 2] of each token's position
 };
 
+float checked_threshold(const Checkpoint& checkpoint, float threshold) {
+  if (!(threshold >= 0.0f && threshold <= 1.0f))
+    fail_argument(
+        "Model::load: router threshold {}; expected a share of the largest gate "
+        "probability, from 0 (always K experts) to 1",
+        threshold);
+  if (threshold > 0.0f && !checkpoint.config().is_moe())
+    fail_argument(
+        "{}: has no experts, so a router threshold of {} makes no sense; convert it first",
+        checkpoint.path().string(), threshold);
+  return threshold;
+}
+
 }  // namespace
 
 KvCache::KvCache(const ModelConfig& config, std::int64_t capacity) : capacity_(capacity) {
@@ -66,7 +79,9 @@ struct Model::Impl {
         pool(spec.threads),
         rope(config.rope, config.head_dim),
         type(spec.weights),
-        weights(load_decoder(checkpoint, spec.weights, pool.parallel_for())) {}
+        router_threshold(checked_threshold(checkpoint, spec.router_threshold)),
+        loaded(
+            load_decoder(checkpoint, spec.weights, spec.cache, spec.notice, pool.parallel_for())) {}
 
   std::int64_t query_width() const { return config.num_heads * config.head_dim; }
   std::int64_t kv_width() const { return config.num_kv_heads * config.head_dim; }
@@ -106,7 +121,9 @@ struct Model::Impl {
   ThreadPool pool;
   Rope rope;
   WeightType type;
-  DecoderWeights weights;
+  float router_threshold;
+  LoadedDecoder loaded;
+  DecoderWeights& weights = loaded.weights;
   Workspace workspace;               // of the op that runs
   Workspace forward_memory;          // of a ForwardRoom
   std::vector<float> router_logits;  // [T, E] of the layer that ran last
@@ -153,7 +170,10 @@ void Model::Impl::run_experts(const PackedMoe& moe, MatrixView<const float> norm
   router_logits.resize(static_cast<std::size_t>(normed.rows * E));
   const MatrixView<float> logits(router_logits.data(), normed.rows, E);
   linear(moe.router, normed, {}, logits, /*add=*/false, workspace, pool.parallel_for());
-  route(logits, moe.experts_per_token, moe.gate, routing);
+  route(
+      logits,
+      {.experts_per_token = moe.experts_per_token, .mode = moe.gate, .threshold = router_threshold},
+      routing);
   moe_ffn(moe.experts, routing, moe.scale, normed, y, workspace, pool.parallel_for());
   if (moe.experts.down_bias().empty()) return;
   for (std::int64_t t = 0; t < y.rows; ++t)
@@ -170,6 +190,7 @@ Model Model::load(const Checkpoint& checkpoint, const ModelSpec& spec) {
 }
 
 const ModelConfig& Model::config() const { return impl_->config; }
+bool Model::cached() const { return impl_->loaded.mapped; }
 int Model::threads() const { return impl_->pool.threads(); }
 ParallelFor Model::parallel() const { return impl_->pool.parallel_for(); }
 

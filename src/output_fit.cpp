@@ -8,7 +8,7 @@
 namespace cleave {
 namespace {
 
-constexpr std::int64_t kBlockTokens = 64;  // whose expert outputs, E * D floats each, are held
+constexpr std::int64_t kSampleTokens = 64;  // whose expert outputs, E * D floats each, are held
 
 // Temperatures are tried relative to the spread of the selected logits: from weights that are all
 // but equal (2^-6) to all but one-hot (2^3), half an octave apart. Below the range the weights no
@@ -34,8 +34,8 @@ OutputSample::OutputSample(const ExpertBank& bank, const LinearRouter& router,
                            std::int64_t experts_per_token, MatrixView<const float> x,
                            const ParallelFor& parallel)
     : k_(experts_per_token) {
-  for (std::int64_t begin = 0; begin < x.rows; begin += kBlockTokens)
-    add_block(bank, router, x.slice_rows(begin, std::min(kBlockTokens, x.rows - begin)), parallel);
+  for (std::int64_t begin = 0; begin < x.rows; begin += kSampleTokens)
+    add_block(bank, router, x.slice_rows(begin, std::min(kSampleTokens, x.rows - begin)), parallel);
 }
 
 void OutputSample::add_block(const ExpertBank& bank, const LinearRouter& router,

@@ -63,13 +63,14 @@ class StoredRows {
   std::int64_t rows_ = 0, cols_ = 0, row_stride_ = 0;
 };
 
-void check_finite(const std::string& what, const StoredRows& weight) {
+/// `first`: what the weight's own rows are counted from.
+void check_weights(const std::string& what, const StoredRows& weight, std::int64_t first = 0) {
   std::vector<float> room;
   for (std::int64_t r = 0; r < weight.rows(); ++r) {
     const float* row = weight.row(r, room);
     for (std::int64_t c = 0; c < weight.cols(); ++c)
       if (!std::isfinite(row[c]))
-        fail_argument("pack: {}[{}, {}] is {}; weights must be finite", what, r, c, row[c]);
+        fail_argument("pack: {}[{}, {}] is {}; weights must be finite", what, first + r, c, row[c]);
   }
 }
 
@@ -254,28 +255,48 @@ std::byte* Workspace::get(std::size_t bytes) {
   return view_ != nullptr ? view_ : memory_.get();
 }
 
+PackedLinear::PackedLinear(std::int64_t rows, std::int64_t cols, WeightType type,
+                           std::shared_ptr<const std::byte[]> data)
+    : rows_(rows),
+      cols_(cols),
+      panel_bytes_(scale_bytes(panel_format(type)) + cleave::panel_bytes(panel_format(type), cols)),
+      bytes_((rows + kPanelWidth - 1) / kPanelWidth * panel_bytes_),
+      type_(type),
+      data_(std::move(data)) {}
+
 PackedLinear::PackedLinear(MatrixView<const float> weight, WeightType type,
                            const ParallelFor& parallel)
-    : rows_(weight.rows), cols_(weight.cols), type_(type) {
-  check_finite("weight", weight);
+    : PackedLinear(
+          weight.rows, weight.cols, type,
+          [&](std::int64_t first, MatrixView<float> out) {
+            for (std::int64_t r = 0; r < out.rows; ++r)
+              std::copy_n(weight.row(first + r), weight.cols, out.row(r));
+          },
+          parallel) {}
+
+PackedLinear::PackedLinear(std::int64_t rows, std::int64_t cols, WeightType type,
+                           const ReadRows& read, const ParallelFor& parallel)
+    : PackedLinear(rows, cols, type, std::shared_ptr<const std::byte[]>()) {
   const PanelFormat format = panel_format(type);
-  panel_bytes_ = scale_bytes(format) + cleave::panel_bytes(format, cols_);
-  const std::int64_t panels = (rows_ + kPanelWidth - 1) / kPanelWidth;
-  bytes_ = panels * panel_bytes_;
   auto data = allocate_weights(bytes_);
-  parallel(panels, 1, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> w;
-    for (std::int64_t p = begin; p < end; ++p) {
-      w.assign(static_cast<std::size_t>(cols_ * kPanelWidth), 0.0f);
-      const std::int64_t first = p * kPanelWidth;
-      rows_to_lanes(weight, first, std::min(kPanelWidth, rows_ - first), 0, w);
-      float scales[kMaxScales] = {};
-      widen_scales(format, w, scales);
-      std::byte* panel = data.get() + p * panel_bytes_;
-      std::memcpy(panel, scales, scale_bytes(format));
-      encode_panel(format, w, scales, panel + scale_bytes(format));
-    }
-  });
+  parallel(bytes_ / std::max<std::int64_t>(1, panel_bytes_), 1,
+           [&](std::int64_t begin, std::int64_t end) {
+             std::vector<float> block(static_cast<std::size_t>(cols_ * kPanelWidth)), w;
+             for (std::int64_t p = begin; p < end; ++p) {
+               w.assign(static_cast<std::size_t>(cols_ * kPanelWidth), 0.0f);
+               const std::int64_t first = p * kPanelWidth;
+               const MatrixView<float> some(block.data(), std::min(kPanelWidth, rows_ - first),
+                                            cols_);
+               read(first, some);
+               check_weights("weight", MatrixView<const float>(some), first);
+               rows_to_lanes(MatrixView<const float>(some), 0, some.rows, 0, w);
+               float scales[kMaxScales] = {};
+               widen_scales(format, w, scales);
+               std::byte* panel = data.get() + p * panel_bytes_;
+               std::memcpy(panel, scales, scale_bytes(format));
+               encode_panel(format, w, scales, panel + scale_bytes(format));
+             }
+           });
   data_ = std::move(data);
 }
 
@@ -295,9 +316,9 @@ PackedExperts::PackedExperts(const ExpertBank& bank, WeightType type, const Para
       type_(type),
       down_bias_(bank.down_bias) {
   const std::int64_t rows = bank.rows();
-  if (gated_) check_finite("gate", MatrixView(bank.gate.data(), rows, d_model_));
-  check_finite("up", MatrixView(bank.up.data(), rows, d_model_));
-  check_finite("down_t", MatrixView(bank.down_t.data(), rows, d_model_));
+  if (gated_) check_weights("gate", MatrixView(bank.gate.data(), rows, d_model_));
+  check_weights("up", MatrixView(bank.up.data(), rows, d_model_));
+  check_weights("down_t", MatrixView(bank.down_t.data(), rows, d_model_));
   std::vector<Source> sources;
   for (std::int64_t e = 0; e < bank.num_experts(); ++e) {
     widths_.push_back(bank.width(e));
@@ -318,9 +339,9 @@ PackedExperts::PackedExperts(const FfnView& ffn, WeightType type, const Parallel
       type_(type),
       widths_{ffn.up.rows},
       down_bias_(ffn.down_bias.begin(), ffn.down_bias.end()) {
-  if (gated_) check_finite("gate", ffn.gate);
-  check_finite("up", ffn.up);
-  check_finite("down", ffn.down);
+  if (gated_) check_weights("gate", ffn.gate);
+  check_weights("up", ffn.up);
+  check_weights("down", ffn.down);
   const std::vector<Source> sources{
       {ffn.gate, ffn.up, ffn.down, false, ffn.gate_bias, ffn.up_bias}};
   panel_begin_ = panel_begins(widths_, panel_neurons());
@@ -349,8 +370,8 @@ PackedExperts::PackedExperts(const StackedExperts& stack, WeightType type,
     source.up = w13.slice(e * rows + rows - I, I);
     source.down = w2.slice(e * d_model_, d_model_);
     source.down_transposed = false;
-    check_finite(fmt::format("w13 of expert {}", e), w13.slice(e * rows, rows));
-    check_finite(fmt::format("w2 of expert {}", e), source.down);
+    check_weights(fmt::format("w13 of expert {}", e), w13.slice(e * rows, rows));
+    check_weights(fmt::format("w2 of expert {}", e), source.down);
     if (stack.w13_bias != nullptr) {
       const std::span<const float> bias(stack.w13_bias + e * rows, rows);
       if (gated_) source.gate_bias = bias.first(I);
@@ -365,6 +386,18 @@ PackedExperts::PackedExperts(const StackedExperts& stack, WeightType type,
   data_ = pack_panels(target, sources, parallel);
   lane_bias_ = lane_biases(target, sources);
 }
+
+PackedExperts::PackedExperts(PackedExpertsParts parts)
+    : d_model_(parts.d_model),
+      panel_bytes_(ExpertPanelLayout(parts.type, parts.gated, parts.d_model).bytes()),
+      gated_(parts.gated),
+      activation_(parts.activation),
+      type_(parts.type),
+      widths_(std::move(parts.widths)),
+      panel_begin_(panel_begins(widths_, panel_neurons())),
+      lane_bias_(std::move(parts.lane_bias)),
+      down_bias_(std::move(parts.down_bias)),
+      data_(std::move(parts.panels)) {}
 
 ExpertBank PackedExperts::unpack() const {
   const ExpertPanelLayout layout(type_, gated_, d_model_);

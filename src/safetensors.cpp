@@ -151,6 +151,7 @@ struct SafetensorsFile::Impl {
   MappedFile file;
   std::vector<TensorInfo> infos;                 // sorted by name
   std::vector<std::span<const std::byte>> data;  // [infos]
+  nlohmann::json metadata;
   std::size_t index(std::string_view name) const;
 };
 
@@ -186,7 +187,9 @@ SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
   std::sort(entries.begin(), entries.end(),
             [](const Entry& a, const Entry& b) { return a.info.name < b.info.name; });
 
-  auto impl = std::make_unique<Impl>(Impl{std::move(mapped), {}, {}});
+  auto impl = std::make_unique<Impl>(Impl{std::move(mapped), {}, {}, nlohmann::json::object()});
+  if (const auto found = header.find("__metadata__"); found != header.end())
+    impl->metadata = *found;
   for (Entry& entry : entries) {
     impl->infos.push_back(std::move(entry.info));
     impl->data.push_back(data.subspan(entry.begin, entry.end - entry.begin));
@@ -211,6 +214,11 @@ const TensorInfo& SafetensorsFile::info(std::string_view name) const {
 
 std::span<const std::byte> SafetensorsFile::raw(std::string_view name) const {
   return impl_->data[impl_->index(name)];
+}
+
+std::string SafetensorsFile::metadata(const std::string& key) const {
+  const auto found = impl_->metadata.find(key);
+  return found != impl_->metadata.end() ? found->get<std::string>() : std::string();
 }
 
 std::vector<float> SafetensorsFile::read(std::string_view name) const {

@@ -97,6 +97,7 @@ TEST(Evaluate, CountsTheLoadOfEveryExpert) {
     for (const double share : load.share) entropy -= share > 0 ? share * std::log(share) : 0.0;
     EXPECT_NEAR(load.entropy, entropy, 1e-12);
     EXPECT_GT(load.entropy, 0.0);
+    EXPECT_EQ(load.active_experts, static_cast<double>(model.config().experts_per_token));
   }
   EXPECT_TRUE(evaluate(model = tiny("llama"), {random_ids(20, 96), 20}).load.at(0).share.empty());
 }

@@ -22,6 +22,18 @@ if(NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")
     endforeach()
   endif()
 endif()
+# The runtime needs no LibTorch: an example that links core alone, and the command line without train.
+if(TARGET factorize_one_ffn)
+  cleave_add_guard(core_only_program_loads_no_torch no_torch_linked.sh
+                   $<TARGET_FILE:factorize_one_ffn>)
+endif()
+if(TARGET cleave_cli AND NOT CLEAVE_TRAIN)
+  cleave_add_guard(core_only_cli_loads_no_torch no_torch_linked.sh $<TARGET_FILE:cleave_cli>)
+endif()
+if(CMAKE_BUILD_TYPE STREQUAL "Release" AND NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")
+  cleave_add_guard(core_is_small library_size.sh ${CMAKE_CXX_COMPILER} $<TARGET_FILE:cleave_core>
+                   3000000 ${CMAKE_CURRENT_BINARY_DIR}/guards_size)
+endif()
 cleave_add_guard(only_train_includes_torch includes.sh ${PROJECT_SOURCE_DIR})
 cleave_add_guard(public_headers_compile_alone headers_alone.sh ${CMAKE_CXX_COMPILER}
                  ${PROJECT_SOURCE_DIR}/include)

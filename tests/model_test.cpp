@@ -142,6 +142,45 @@ TEST(Model, HooksSeeEveryLayer) {
   EXPECT_EQ(cache.size(), 3);
 }
 
+TEST(Model, RouterThresholdTakesExpertsAway) {
+  const TinyGolden golden = tiny_golden("mixtral");
+  const Checkpoint checkpoint = Checkpoint::open(golden.directory);
+  const auto pairs = [&](float threshold, std::vector<float>& logits) {
+    Model model = Model::load(checkpoint, {.threads = 2, .router_threshold = threshold});
+    KvCache cache(model.config(), static_cast<std::int64_t>(golden.ids.size()));
+    const auto T = static_cast<std::int64_t>(golden.ids.size());
+    std::vector<float> hidden(T * model.config().hidden_size);
+    std::int64_t used = 0;
+    ForwardHooks hooks;
+    hooks.routing = [&](std::int64_t, const Routing& routing) {
+      used += std::count_if(routing.ids.begin(), routing.ids.end(),
+                            [](std::int32_t id) { return id != Routing::kUnused; });
+    };
+    model.forward(golden.ids, cache, {hidden.data(), T, model.config().hidden_size}, hooks);
+    logits = all_logits(model, golden.ids);
+    return used;
+  };
+  const ModelConfig& c = checkpoint.config();
+  std::vector<float> plain, some, one;
+  const auto tokens = static_cast<std::int64_t>(golden.ids.size());
+  EXPECT_EQ(pairs(0.0f, plain), tokens * c.num_layers * c.experts_per_token);
+  const std::int64_t used = pairs(0.8f, some);
+  EXPECT_LT(used, tokens * c.num_layers * c.experts_per_token);
+  EXPECT_GT(used, tokens * c.num_layers);
+  EXPECT_EQ(pairs(1.0f, one), tokens * c.num_layers);
+  EXPECT_NE(plain, some);
+  EXPECT_NE(some, one);
+}
+
+TEST(Model, RefusesARouterThresholdThatMakesNoSense) {
+  const Checkpoint moe = Checkpoint::open(tiny_golden("mixtral").directory);
+  EXPECT_THROW(Model::load(moe, {.router_threshold = 1.5f}), InvalidArgument);
+  EXPECT_THROW(Model::load(moe, {.router_threshold = -0.5f}), InvalidArgument);
+  EXPECT_THROW(
+      Model::load(Checkpoint::open(tiny_golden("llama").directory), {.router_threshold = 0.5f}),
+      InvalidArgument);
+}
+
 TEST(Model, RefusesWhatDoesNotFit) {
   Model model = Model::load(Checkpoint::open(tiny_golden("llama").directory));
   const std::int64_t D = model.config().hidden_size;

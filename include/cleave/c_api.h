@@ -195,7 +195,8 @@ typedef struct cleave_ffn_call {
   int64_t x_stride;               ///< floats from row to row; 0: D
   float* y;                       ///< [T, D], added to
   int64_t y_stride;               ///< floats from row to row; 0: D
-  const int32_t* topk_ids;        ///< [T, K], in [0, E), distinct within a token; dense: NULL
+  const int32_t* topk_ids;        ///< [T, K], in [0, E), distinct within a token, or -1 for
+                                  ///< a slot that is not used; dense: NULL
   const float* topk_weights;      ///< [T, K]; dense: NULL
   void* workspace;                ///< aligned to CLEAVE_WORKSPACE_ALIGNMENT; contents do not matter
   size_t workspace_size;          ///< bytes, at least *_workspace_size() says

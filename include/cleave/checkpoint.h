@@ -63,6 +63,12 @@ class Checkpoint {
   /// The same, and checks the shape first.
   std::vector<float> read(std::string_view name, std::initializer_list<std::int64_t> shape) const;
 
+  /// Rows [first, first + out.rows) of a matrix, so that it need not be whole in memory.
+  /// @throws InvalidArgument  the tensor is no matrix of out.cols columns with that many rows
+  void read_rows(std::string_view name, std::int64_t first, MatrixView<float> out) const;
+  /// The tensor's pages of the mapping may leave memory; another read brings them back.
+  void release(std::string_view name) const;
+
   /// Stored bytes of a tensor inside the mapping; valid while the Checkpoint lives. For a GGUF
   /// these are the file's own blocks and row order.
   std::span<const std::byte> raw(std::string_view name) const;
@@ -81,6 +87,10 @@ class Checkpoint {
   /// SHA-256 over the weight files, in the order of their names, as 64 hex digits. For a
   /// single-file model this is what `sha256sum` prints.
   std::string sha256() const;
+  /// Tells apart what a model is loaded from, at next to no cost: a hash of config.json and, for
+  /// each weight file, its name, size, time of change and 64 pieces of its content. Another time of
+  /// change gives another fingerprint, even where the content is the same.
+  std::string fingerprint() const;
 
  private:
   struct Impl;
@@ -117,6 +127,8 @@ class SafetensorsFile {
   bool contains(std::string_view name) const;
   const TensorInfo& info(std::string_view name) const;
   std::span<const std::byte> raw(std::string_view name) const;
+  /// A value of `__metadata__`; empty where the key is absent.
+  std::string metadata(const std::string& key) const;
   /// F32, F16, BF16, F64 and integer types, as float.
   std::vector<float> read(std::string_view name) const;
 

@@ -12,8 +12,9 @@ namespace cleave {
 
 /// How the experts of one layer were used.
 struct LayerLoad {
-  std::vector<double> share;  ///< [E], share of the T*K (token, slot) pairs; sums to 1
-  double entropy = 0.0;       ///< of `share`, in nats; log(E) when the load is even
+  std::vector<double> share;    ///< [E], share of the (token, expert) pairs that ran; sums to 1
+  double entropy = 0.0;         ///< of `share`, in nats; log(E) when the load is even
+  double active_experts = 0.0;  ///< mean per token; K, or less with a router threshold
 };
 
 /// Quality of a model on a text.
@@ -35,6 +36,7 @@ struct EvalResult {
   double tokens_per_s = 0.0;
   double reference_tokens_per_s = 0.0;
   std::vector<LayerLoad> load;  ///< per layer; empty entries for dense layers
+  double active_experts = 0.0;  ///< mean over the tokens and the layers with experts; 0: none has
 };
 
 /// @param reference  the dense model to compare with, or nullptr; V must agree

@@ -50,9 +50,13 @@ void linear_reference(MatrixView<const float> x, MatrixView<const float> weight,
                       std::span<const float> bias, MatrixView<float> y,
                       MatrixView<float> magnitude = {}) noexcept;
 
-/// Selects K experts per token and weighs them.
+/// Selects up to K experts per token and weighs them. Slots without an expert (see
+/// RouteSpec::threshold) come last and hold Routing::kUnused and weight 0.
 ///   logits [T, E]   routing.ids, routing.weights [T, K], resized and written
-/// @throws InvalidArgument  K < 1 or K > E, or a logit is NaN or infinite (names the token)
+/// @throws InvalidArgument  K < 1 or K > E, a threshold outside [0, 1], or a logit is NaN or
+///                          infinite (names the token)
+void route(MatrixView<const float> logits, const RouteSpec& spec, Routing& routing);
+/// The same with exactly K experts.
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
            Routing& routing);
 /// The same into the caller's memory, without an allocation: ids, weights [T, K], written.
@@ -60,15 +64,14 @@ void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateM
            std::int32_t* ids, float* weights);
 
 /// The definition of route(): a stable sort and a softmax in double.
-void route_reference(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
-                     Routing& routing);
+void route_reference(MatrixView<const float> logits, const RouteSpec& spec, Routing& routing);
 
-/// The (token, slot) pairs of a routing, sorted by expert.
+/// The (token, slot) pairs of a routing that are in use, sorted by expert.
 struct TokenGroups {
   std::vector<std::int64_t> begin;  ///< [E + 1]; pairs of expert e are [begin[e], begin[e + 1])
-  std::vector<std::int64_t> pair;   ///< [T * K]; pair = t * K + k, ascending within an expert
+  std::vector<std::int64_t> pair;   ///< [<= T * K]; pair = t * K + k, ascending within an expert
 };
-/// O(T * K). @throws InvalidArgument  an id outside [0, num_experts)
+/// O(T * K). @throws InvalidArgument  an id outside [0, num_experts) that is not Routing::kUnused
 TokenGroups group_tokens(const Routing& routing, std::int64_t num_experts);
 
 /// The definition of group_tokens(): one pass over all pairs per expert.
@@ -76,9 +79,10 @@ TokenGroups group_tokens_reference(const Routing& routing, std::int64_t num_expe
 
 /// y[t] += scale * sum over k of weights[t,k] * expert_{ids[t,k]}(x[t]).
 ///   bank [E experts]   x [T, D]   y [T, D], added to; must not overlap x
-/// Adds to y: "replace the FFN" starts from y = 0, "add to a frozen layer" from its output. The
-/// bank's down_bias is not added here. Experts without tokens are not touched. The result does not
-/// depend on how `parallel` cuts the work, up to float rounding.
+/// Slots with Routing::kUnused are skipped. Adds to y: "replace the FFN" starts from y = 0, "add to
+/// a frozen layer" from its output. The bank's down_bias is not added here. Experts without tokens
+/// are not touched. The result does not depend on how `parallel` cuts the work, up to float
+/// rounding.
 /// @throws InvalidArgument  shapes disagree, or an id outside [0, E)
 void moe_ffn(const ExpertBank& bank, const Routing& routing, float scale, MatrixView<const float> x,
              MatrixView<float> y, const ParallelFor& parallel);

@@ -1,10 +1,12 @@
 #pragma once
 
 #include <cstdint>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <random>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "cleave/checkpoint.h"
@@ -16,9 +18,30 @@
 
 namespace cleave {
 
+/// A file that keeps packed weights from one start to the next. It is mapped, not read: its pages
+/// are shared by all processes that use it, and can leave memory when others need it.
+///
+/// A file of another format version, weight type or source, or one that is cut short or damaged
+/// (every byte is checked as it is mapped) is not used. Nor is it changed while a model uses it:
+/// the new one takes its name.
+struct CacheSpec {
+  std::filesystem::path file = {};  ///< empty: no file
+  bool write = true;                ///< whether it is written where it is missing or of no use
+};
+
+/// "DIR/cleave.bf16.packed" for a model directory, "FILE.gguf.bf16.packed" for a GGUF file.
+std::filesystem::path default_cache_file(const Checkpoint& checkpoint, WeightType type);
+
 struct ModelSpec {
   int threads = 0;                        ///< 0: as many as the machine has cores
   WeightType weights = WeightType::kF32;  ///< how they are kept in memory
+  /// Experts are used only where they reach this share of the token's largest gate probability;
+  /// RouteSpec::threshold of all layers. 0: always K.
+  float router_threshold = 0.0f;
+  CacheSpec cache = {};
+  /// Called with a line of text while the model loads: the cache file was written, is of no use and
+  /// why, or cannot be written. None of these stops the loading.
+  std::function<void(const std::string&)> notice = {};
 };
 
 /// Keys and values of the tokens seen so far. One per sequence.
@@ -60,6 +83,7 @@ struct ForwardHooks {
 class Model {
  public:
   /// @throws FileError  a tensor is missing, has the wrong shape or holds NaN
+  /// @throws InvalidArgument  a router threshold outside [0, 1], or one for a model without experts
   static Model load(const Checkpoint& checkpoint, const ModelSpec& spec = {});
   Model(Model&&) noexcept;
   Model& operator=(Model&&) noexcept;
@@ -67,6 +91,8 @@ class Model {
 
   const ModelConfig& config() const;
   int threads() const;
+  /// Whether the weights are the pages of ModelSpec::cache.
+  bool cached() const;
   /// Runs on the model's threads; what its own layers use.
   ParallelFor parallel() const;
 

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -60,6 +61,16 @@ class PackedLinear {
   PackedLinear() = default;
   /// @throws InvalidArgument  a weight is not finite, or beyond the range of `type`
   PackedLinear(MatrixView<const float> weight, WeightType type, const ParallelFor& parallel = {});
+  /// Writes rows [first, first + out.rows) of a weight into out [<= 32, K].
+  using ReadRows = std::function<void(std::int64_t first, MatrixView<float> out)>;
+  /// The same for a weight that is never whole in memory: `read` is called from all threads.
+  /// @throws InvalidArgument  as above; and whatever `read` throws
+  PackedLinear(std::int64_t rows, std::int64_t cols, WeightType type, const ReadRows& read,
+               const ParallelFor& parallel = {});
+  /// A weight that is packed already, in a file or elsewhere. data [bytes()], on a cache line;
+  /// shared.
+  PackedLinear(std::int64_t rows, std::int64_t cols, WeightType type,
+               std::shared_ptr<const std::byte[]> data);
 
   std::int64_t rows() const { return rows_; }  ///< N, outputs
   std::int64_t cols() const { return cols_; }  ///< K, inputs
@@ -71,7 +82,7 @@ class PackedLinear {
   void unpack_row(std::int64_t n, float* out) const;
 
  private:
-  std::int64_t rows_ = 0, cols_ = 0, bytes_ = 0, panel_bytes_ = 0;
+  std::int64_t rows_ = 0, cols_ = 0, panel_bytes_ = 0, bytes_ = 0;
   WeightType type_ = WeightType::kF32;
   std::shared_ptr<const std::byte[]> data_;
 };
@@ -89,6 +100,17 @@ struct StackedExperts {
   const float* w13_bias = nullptr;  ///< [E, 2I] or [E, I], or none
 };
 
+/// What PackedExperts is made of, for those who keep it in a file or elsewhere.
+struct PackedExpertsParts {
+  std::int64_t d_model = 0;
+  bool gated = true;
+  Activation activation = Activation::kSilu;
+  WeightType type = WeightType::kF32;
+  std::vector<std::int64_t> widths;           ///< [E]
+  std::vector<float> lane_bias, down_bias;    ///< or empty
+  std::shared_ptr<const std::byte[]> panels;  ///< [bytes()], on a cache line; shared
+};
+
 /// The experts of one layer, or a dense FFN (as one expert), packed: an expert is a row of panels
 /// of 16 neurons (32 without a gate), and a panel holds all that its neurons need, so that a thread
 /// reads one stream. Copies share the weights.
@@ -101,6 +123,8 @@ class PackedExperts {
   PackedExperts(const FfnView& ffn, WeightType type, const ParallelFor& parallel = {});
   /// Reads each weight where it is; needs no memory beside the packed weights.
   PackedExperts(const StackedExperts& stack, WeightType type, const ParallelFor& parallel = {});
+  /// Experts that are packed already.
+  explicit PackedExperts(PackedExpertsParts parts);
 
   std::int64_t num_experts() const { return static_cast<std::int64_t>(widths_.size()); }
   std::int64_t d_model() const { return d_model_; }
@@ -141,7 +165,9 @@ void linear(const PackedLinear& weight, MatrixView<const float> x, std::span<con
             MatrixView<float> y, bool add, Workspace& workspace, const ParallelFor& parallel);
 
 /// As moe_ffn() on what `experts.unpack()` returns. Deterministic for a fixed number of threads.
-/// @throws InvalidArgument  shapes disagree, an id is outside [0, E) or twice in one token
+/// @throws InvalidArgument  shapes disagree, an id is outside [0, E) (Routing::kUnused is skipped)
+/// or
+///                          twice in one token
 void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
              MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
              const ParallelFor& parallel);

@@ -11,7 +11,7 @@ namespace {
 
 struct BenchOptions {
   CommonOptions common;
-  std::string weights = "auto";
+  ModelOptions loading;
   std::string model;
   std::int64_t prompt_tokens = 512;
   std::int64_t generate_tokens = 64;
@@ -31,8 +31,9 @@ double median(std::vector<double> values) {
 
 void run_bench(const BenchOptions& options) {
   const Checkpoint checkpoint = Checkpoint::open(options.model);
-  const WeightType weights = resolve_weights(options.weights, checkpoint);
-  Model model = Model::load(checkpoint, {.threads = options.common.threads, .weights = weights});
+  const ModelSpec spec = model_spec(options.loading, options.common, checkpoint);
+  const WeightType weights = spec.weights;
+  Model model = Model::load(checkpoint, spec);
   const ModelConfig& config = model.config();
   const std::int64_t D = config.hidden_size;
 
@@ -101,7 +102,7 @@ void add_bench_command(CLI::App& app) {
   command->add_option("--repeats", options->repeats, "Rounds; their median is shown")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
-  add_weights_option(*command, options->weights);
+  add_model_options(*command, options->loading);
   add_seed_option(*command, options->common, "the tokens");
   add_common_options(*command, options->common);
   command->callback([options] { run_bench(*options); });

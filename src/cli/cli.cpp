@@ -116,14 +116,27 @@ std::optional<DType> parse_dtype(const std::string& value) {
   return parse_name("--dtype", value, kNames);
 }
 
-void add_weights_option(CLI::App& command, std::string& weights) {
+void add_model_options(CLI::App& command, ModelOptions& options) {
   command
       .add_option(
-          "--weights", weights,
+          "--weights", options.weights,
           "Weights in memory: f32, bf16, f16, int8, int4, or auto (as stored; f16 if that is "
           "quantised)")
       ->capture_default_str();
+  command
+      .add_option(
+          "--cache", options.cache,
+          "Packed weights on disk: auto (use the file beside the model if there is one), on "
+          "(write it where it is missing), off, or the FILE to use and to write")
+      ->capture_default_str();
+  command
+      .add_option("--router-threshold", options.router_threshold,
+                  "Use only experts with at least this share of the largest gate probability; 0: "
+                  "always K")
+      ->capture_default_str();
 }
+
+namespace {
 
 WeightType resolve_weights(const std::string& weights, const Checkpoint& checkpoint) {
   if (const auto type = parse_weight_type(weights)) return *type;
@@ -137,6 +150,27 @@ WeightType resolve_weights(const std::string& weights, const Checkpoint& checkpo
     break;
   }
   return WeightType::kF16;
+}
+
+CacheSpec resolve_cache(const std::string& cache, const Checkpoint& checkpoint, WeightType type) {
+  if (cache.empty()) throw InvalidArgument("--cache: empty; give auto, on, off or a file");
+  if (cache == "off") return {};
+  if (cache == "on" || cache == "auto")
+    return {.file = default_cache_file(checkpoint, type), .write = cache == "on"};
+  return {.file = cache, .write = true};
+}
+
+}  // namespace
+
+ModelSpec model_spec(const ModelOptions& options, const CommonOptions& common,
+                     const Checkpoint& checkpoint) {
+  ModelSpec spec{.threads = common.threads,
+                 .weights = resolve_weights(options.weights, checkpoint),
+                 .router_threshold = options.router_threshold};
+  spec.cache = resolve_cache(options.cache, checkpoint, spec.weights);
+  if (!common.quiet)
+    spec.notice = [](const std::string& line) { fmt::print(stderr, "{}\n", line); };
+  return spec;
 }
 
 }  // namespace cleave::cli

@@ -76,16 +76,24 @@ T parse_name(const std::string& option, const std::string& value,
 }
 std::optional<DType> parse_dtype(const std::string& value);
 
-/// Adds --weights: how the packed weights are kept in memory.
-void add_weights_option(CLI::App& command, std::string& weights);
-/// "auto" is the type that the FFN is stored in; f16 where that is quantised.
-WeightType resolve_weights(const std::string& weights, const Checkpoint& checkpoint);
+/// Options of the commands that run a model.
+struct ModelOptions {
+  std::string weights = "auto";
+  std::string cache = "auto";
+  float router_threshold = 0.0f;
+};
+/// Adds --weights, --cache and --router-threshold.
+void add_model_options(CLI::App& command, ModelOptions& options);
+/// What they ask for. Weights "auto": the type that the FFN is stored in; f16 where that is
+/// quantised. Notices of the loading go to stderr, but for --quiet.
+ModelSpec model_spec(const ModelOptions& options, const CommonOptions& common,
+                     const Checkpoint& checkpoint);
 
 void add_inspect_command(CLI::App& app);
 void add_convert_command(CLI::App& app);
 void add_train_command(CLI::App& app);
 void add_eval_command(CLI::App& app);
-void add_generate_command(CLI::App& app);
+void add_run_command(CLI::App& app);
 void add_bench_command(CLI::App& app);
 void add_tokenize_command(CLI::App& app);
 void add_logits_command(CLI::App& app);

@@ -9,7 +9,7 @@ namespace {
 
 struct EvalOptions {
   CommonOptions common;
-  std::string weights = "f32";
+  ModelOptions loading{.weights = "f32"};
   std::string model;
   std::vector<std::string> text;
   std::string against;
@@ -17,14 +17,20 @@ struct EvalOptions {
   std::int64_t limit_tokens = 0;
 };
 
-/// Share of the dense FFN's multiply-adds that run per token, router included; 1 for a dense model.
-double active_share(const ModelConfig& config) {
+/// Share of the dense FFN's multiply-adds that ran per token, router included; 1 for a dense model.
+double active_share(const ModelConfig& config, const EvalResult& result) {
   if (!config.is_moe()) return 1.0;
   const ModelCost cost = model_cost(config);
-  const double all_experts = static_cast<double>(cost.ffn_macs_per_token) *
-                             static_cast<double>(config.num_experts) /
-                             static_cast<double>(config.experts_per_token);
-  return (static_cast<double>(cost.ffn_macs_per_token + cost.router_macs_per_token)) / all_experts;
+  const double one_expert =
+      static_cast<double>(cost.ffn_macs_per_token) / static_cast<double>(config.experts_per_token);
+  return (one_expert * result.active_experts + static_cast<double>(cost.router_macs_per_token)) /
+         (one_expert * static_cast<double>(config.num_experts));
+}
+
+std::string experts_text(const ModelConfig& config, const EvalResult& result) {
+  if (!config.is_moe()) return {};
+  return fmt::format("active experts    {:.4g} of {} per token and layer\n", result.active_experts,
+                     config.num_experts);
 }
 
 Json load_json(const EvalResult& result) {
@@ -67,7 +73,11 @@ Json to_json(const EvalOptions& options, const Model& model, const EvalResult& r
   json["macs_per_token"] = cost.macs_per_token;
   json["ffn_macs_per_token"] = cost.ffn_macs_per_token;
   json["router_macs_per_token"] = cost.router_macs_per_token;
-  json["active_share"] = active_share(model.config());
+  json["active_share"] = active_share(model.config(), result);
+  if (model.config().is_moe()) {
+    json["router_threshold"] = options.loading.router_threshold;
+    json["active_experts"] = result.active_experts;
+  }
   json["expert_load"] = load_json(result);
   return json;
 }
@@ -105,8 +115,19 @@ std::string to_text(const Model& model, const EvalResult& result) {
       "multiply-adds     {} per token, FFN {} (active share of the FFN {:.3f})\n",
       human_count(cost.parameters), human_count(cost.active_parameters),
       human_count(cost.macs_per_token), human_count(cost.ffn_macs_per_token),
-      active_share(model.config()));
-  return text + load_text(result);
+      active_share(model.config(), result));
+  return text + experts_text(model.config(), result) + load_text(result);
+}
+
+/// The dense model, with the same weights; what is said of the router and of a cache file's name is
+/// said of MODEL alone.
+std::unique_ptr<Model> load_reference(const EvalOptions& options, WeightType weights) {
+  const Checkpoint checkpoint = Checkpoint::open(options.against);
+  ModelOptions loading{.weights = weight_type_name(weights)};
+  if (options.loading.cache == "on" || options.loading.cache == "off")
+    loading.cache = options.loading.cache;
+  return std::make_unique<Model>(
+      Model::load(checkpoint, model_spec(loading, options.common, checkpoint)));
 }
 
 void run_eval(const EvalOptions& options) {
@@ -118,12 +139,10 @@ void run_eval(const EvalOptions& options) {
   Progress progress(options.common.quiet);
   progress.note(
       fmt::format("{}: {} windows of {} tokens", options.model, text.count(), options.context));
-  const ModelSpec spec{.threads = options.common.threads,
-                       .weights = resolve_weights(options.weights, checkpoint)};
+  const ModelSpec spec = model_spec(options.loading, options.common, checkpoint);
   Model model = Model::load(checkpoint, spec);
   std::unique_ptr<Model> dense;
-  if (!options.against.empty())
-    dense = std::make_unique<Model>(Model::load(Checkpoint::open(options.against), spec));
+  if (!options.against.empty()) dense = load_reference(options, spec.weights);
 
   const EvalResult result = evaluate(
       model, text, dense.get(), [&](std::int64_t done, std::int64_t all, double perplexity) {
@@ -149,7 +168,7 @@ void add_eval_command(CLI::App& app) {
       ->add_option("--limit-tokens", options->limit_tokens, "Use only the first N tokens; 0: all")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
-  add_weights_option(*command, options->weights);
+  add_model_options(*command, options->loading);
   add_common_options(*command, options->common);
   command->callback([options] { run_eval(*options); });
 }

@@ -21,7 +21,7 @@ std::string first_subcommand(const CLI::App& app, int argc, char** argv) {
   const auto commands = app.get_subcommands([](const CLI::App*) { return true; });
   for (int i = 1; i < argc; ++i)
     for (const CLI::App* command : commands)
-      if (command->get_name() == argv[i]) return argv[i];
+      if (command->check_name(argv[i])) return command->get_name();
   return {};
 }
 
@@ -46,7 +46,7 @@ int run(int argc, char** argv) {
   cleave::cli::add_convert_command(app);
   cleave::cli::add_train_command(app);
   cleave::cli::add_eval_command(app);
-  cleave::cli::add_generate_command(app);
+  cleave::cli::add_run_command(app);
   cleave::cli::add_bench_command(app);
   cleave::cli::add_tokenize_command(app);
   cleave::cli::add_logits_command(app);

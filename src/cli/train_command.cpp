@@ -1,12 +1,10 @@
 #include <fmt/format.h>
 
-#include <atomic>
-#include <csignal>
-
 #include "cleave/train/data.h"
 #include "cleave/train/recipes.h"
 #include "cleave/train/trainer.h"
 #include "cli/cli.h"
+#include "cli/interrupt.h"
 
 namespace cleave::cli {
 namespace {
@@ -28,24 +26,6 @@ struct TrainOptions {
   bool resume = false, overwrite = false;
   train::FactorLlmSpec method;
   train::TrainSpec train;
-};
-
-std::atomic<bool> interrupted{false};
-
-/// Ctrl-C once: finish the step, save, stop. Twice: the default, at once.
-class InterruptGuard {
- public:
-  InterruptGuard() {
-    interrupted = false;
-    for (int signal : {SIGINT, SIGTERM})
-      std::signal(signal, [](int number) {
-        interrupted = true;
-        std::signal(number, SIG_DFL);
-      });
-  }
-  ~InterruptGuard() {
-    for (int signal : {SIGINT, SIGTERM}) std::signal(signal, SIG_DFL);
-  }
 };
 
 void fill_method(const TrainOptions& options, train::FactorLlmSpec& method) {
@@ -167,7 +147,7 @@ void run_train(const TrainOptions& options) {
                     report.held_out.has_value() || report.step == report.steps);
   };
   io.notice = [&](const std::string& line) { progress.note(line); };
-  io.stop = &interrupted;
+  io.stop = &InterruptGuard::flag();
   progress.note(fmt::format("{}: {} windows of {} tokens to train on, {} held out; run in {}",
                             options.model, data.count(), options.context,
                             held_out.context > 0 ? held_out.count() : 0, run_dir.string()));
@@ -177,10 +157,9 @@ void run_train(const TrainOptions& options) {
       train::train_factorllm(student, teacher ? &*teacher : nullptr, data,
                              held_out.context > 0 ? &held_out : nullptr, method, spec, io);
   if (result.interrupted) {
-    constexpr int kInterrupted = 130;
     fmt::print(stderr, "cleave: interrupted at step {}/{}; saved in {}, continue with --resume\n",
                result.step, result.steps, run_dir.string());
-    throw CLI::RuntimeError(kInterrupted);
+    throw CLI::RuntimeError(kInterruptedExit);
   }
   progress.update("writing " + options.out);
   write_tuned(options, student, result, settings_json(options));

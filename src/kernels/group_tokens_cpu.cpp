@@ -11,7 +11,7 @@ namespace cleave {
 void check_routing(const char* function, const RoutingView& routing, std::int64_t num_experts) {
   const std::int64_t pairs = routing.num_tokens * routing.experts_per_token;
   for (std::int64_t i = 0; i < pairs; ++i)
-    if (routing.ids[i] < 0 || routing.ids[i] >= num_experts)
+    if (routing.ids[i] < Routing::kUnused || routing.ids[i] >= num_experts)
       throw InvalidArgument(fmt::format(
           "{}: token {} is routed to expert {}, but there are {} experts (0 to {}); "
           "was the routing "
@@ -36,12 +36,18 @@ TokenGroups group_tokens(const Routing& routing, std::int64_t num_experts) {
   check_routing("group_tokens", routing, num_experts);
   TokenGroups groups;
   groups.begin.assign(num_experts + 1, 0);
-  groups.pair.resize(routing.ids.size());
-  for (const std::int32_t id : routing.ids) ++groups.begin[id + 1];
+  std::int64_t unused = 0;
+  for (const std::int32_t id : routing.ids)
+    if (id == Routing::kUnused)
+      ++unused;
+    else
+      ++groups.begin[id + 1];
+  groups.pair.resize(routing.ids.size() - unused);
   for (std::int64_t e = 0; e < num_experts; ++e) groups.begin[e + 1] += groups.begin[e];
   std::vector<std::int64_t> next(groups.begin.begin(), groups.begin.end() - 1);
   for (std::size_t pair = 0; pair < routing.ids.size(); ++pair)
-    groups.pair[next[routing.ids[pair]]++] = static_cast<std::int64_t>(pair);
+    if (routing.ids[pair] != Routing::kUnused)
+      groups.pair[next[routing.ids[pair]]++] = static_cast<std::int64_t>(pair);
   return groups;
 }
 

@@ -80,7 +80,8 @@ void one_token(const ExpertBank& bank, std::span<const std::int32_t> ids,
   const IsaKernels& isa = isa_kernels();
   const std::int64_t D = bank.d_model;
   std::vector<std::int64_t> first{0};  // of the k-th expert's neurons, among those of all K
-  for (const std::int32_t id : ids) first.push_back(first.back() + bank.width(id));
+  for (const std::int32_t id : ids)
+    first.push_back(first.back() + (id == Routing::kUnused ? 0 : bank.width(id)));
   const std::int64_t neurons = first.back();
   Buffer hidden(neurons), gate(neurons);
 
@@ -97,6 +98,7 @@ void one_token(const ExpertBank& bank, std::span<const std::int32_t> ids,
   parallel(D, std::max<std::int64_t>(16, grain_for(neurons)),
            [&](std::int64_t begin, std::int64_t end) {
              for (std::size_t k = 0; k < ids.size(); ++k) {
+               if (ids[k] == Routing::kUnused) continue;
                const ExpertView e = bank.expert(ids[k]);
                isa.product_nn({hidden.data() + first[k], 1, e.down_t.rows, e.down_t.rows},
                               {e.down_t.data + begin, e.down_t.rows, end - begin, D},
@@ -142,7 +144,7 @@ void grouped(const ExpertBank& bank, const Routing& routing, float scale, Matrix
   const TokenGroups groups = group_tokens(routing, bank.num_experts());
   const auto num_pairs = static_cast<std::int64_t>(groups.pair.size());
   const std::int64_t widest = widest_expert(bank);
-  std::vector<std::int64_t> position(num_pairs);  // of a pair among the grouped ones
+  std::vector<std::int64_t> position(routing.ids.size(), -1);  // of a pair among the grouped ones
   for (std::int64_t i = 0; i < num_pairs; ++i) position[groups.pair[i]] = i;
   Buffer results(num_pairs * D);
 
@@ -161,7 +163,8 @@ void grouped(const ExpertBank& bank, const Routing& routing, float scale, Matrix
   });
   parallel(x.rows, grain_for(K * D), [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t pair = begin * K; pair < end * K; ++pair)
-      isa_kernels().add(results.data() + position[pair] * D, y.row(pair / K), D);
+      if (position[pair] >= 0)
+        isa_kernels().add(results.data() + position[pair] * D, y.row(pair / K), D);
   });
 }
 

@@ -48,6 +48,7 @@ void moe_ffn_reference(const ExpertBank& bank, const Routing& routing, float sca
     for (std::int64_t c = 0; c < y.cols; ++c) bound[c] = std::abs(sum[c] = y(t, c));
     for (std::int64_t k = 0; k < routing.experts_per_token; ++k) {
       const std::int64_t pair = t * routing.experts_per_token + k;
+      if (routing.ids[pair] == Routing::kUnused) continue;
       const ExpertView e = bank.expert(routing.ids[pair]);
       const double weight = static_cast<double>(scale) * e.scale * routing.weights[pair];
       for (std::int64_t j = 0; j < e.up.rows; ++j) {

@@ -25,24 +25,40 @@ void select_largest(const float* logits, std::int64_t num_experts, std::int64_t 
   }
 }
 
-void softmax_selected(const float* logits, const std::int32_t* ids, std::int64_t K,
-                      float* weights) {
+/// How many of the K selected, by falling logit, reach the threshold; `lowest` is its logarithm.
+std::int64_t count_used(const float* logits, const std::int32_t* ids, std::int64_t K,
+                        double lowest) {
+  std::int64_t used = 1;
+  while (used < K && static_cast<double>(logits[ids[used]]) - logits[ids[0]] >= lowest) ++used;
+  return used;
+}
+
+void softmax_selected(const float* logits, std::int64_t num_experts, const std::int32_t* ids,
+                      std::int64_t used, bool normalise, float* weights) {
   float sum = 0.0f;
-  for (std::int64_t k = 0; k < K; ++k) {
+  for (std::int64_t k = 0; k < used; ++k) {
     weights[k] = std::exp(logits[ids[k]] - logits[ids[0]]);
     sum += weights[k];
   }
-  for (std::int64_t k = 0; k < K; ++k) weights[k] /= sum;
+  if (!normalise) {
+    sum = 0.0f;
+    for (std::int64_t e = 0; e < num_experts; ++e) sum += std::exp(logits[e] - logits[ids[0]]);
+  }
+  for (std::int64_t k = 0; k < used; ++k) weights[k] /= sum;
 }
 
 }  // namespace
 
-void check_experts_per_token(const char* function, std::int64_t experts_per_token,
-                             std::int64_t num_experts) {
-  if (experts_per_token < 1 || experts_per_token > num_experts)
+void check_route_spec(const char* function, const RouteSpec& spec, std::int64_t num_experts) {
+  if (spec.experts_per_token < 1 || spec.experts_per_token > num_experts)
     throw InvalidArgument(
         fmt::format("{}: K = {} experts per token of E = {}; K must be from 1 to E", function,
-                    experts_per_token, num_experts));
+                    spec.experts_per_token, num_experts));
+  if (!(spec.threshold >= 0.0f && spec.threshold <= 1.0f))  // NaN as well
+    throw InvalidArgument(
+        fmt::format("{}: threshold {}; expected a share of the largest gate probability, from 0 "
+                    "(all K experts) to 1",
+                    function, spec.threshold));
 }
 
 void check_logits(const char* function, const float* logits, std::int64_t num_experts,
@@ -55,28 +71,40 @@ void check_logits(const char* function, const float* logits, std::int64_t num_ex
           function, e, token, logits[e]));
 }
 
+void route(MatrixView<const float> logits, const RouteSpec& spec, std::int32_t* ids,
+           float* weights) {
+  check_route_spec("route", spec, logits.cols);
+  const std::int64_t K = spec.experts_per_token;
+  const double lowest = std::log(static_cast<double>(spec.threshold));
+  for (std::int64_t t = 0; t < logits.rows; ++t, ids += K, weights += K) {
+    check_logits("route", logits.row(t), logits.cols, t);
+    select_largest(logits.row(t), logits.cols, K, ids);
+    const std::int64_t used = count_used(logits.row(t), ids, K, lowest);
+    std::fill(weights, weights + used, 1.0f);
+    if (spec.mode == GateMode::kSoftmax)
+      softmax_selected(logits.row(t), logits.cols, ids, used, spec.normalise, weights);
+    std::fill(ids + used, ids + K, Routing::kUnused);
+    std::fill(weights + used, weights + K, 0.0f);
+  }
+}
+
+void route(MatrixView<const float> logits, const RouteSpec& spec, Routing& routing) {
+  check_route_spec("route", spec, logits.cols);
+  routing.num_tokens = logits.rows;
+  routing.experts_per_token = spec.experts_per_token;
+  routing.ids.resize(logits.rows * spec.experts_per_token);
+  routing.weights.resize(logits.rows * spec.experts_per_token);
+  route(logits, spec, routing.ids.data(), routing.weights.data());
+}
+
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
            std::int32_t* ids, float* weights) {
-  check_experts_per_token("route", experts_per_token, logits.cols);
-  const std::int64_t K = experts_per_token;
-  for (std::int64_t t = 0; t < logits.rows; ++t) {
-    check_logits("route", logits.row(t), logits.cols, t);
-    select_largest(logits.row(t), logits.cols, K, ids + t * K);
-    if (mode == GateMode::kSoftmax)
-      softmax_selected(logits.row(t), ids + t * K, K, weights + t * K);
-    else
-      std::fill_n(weights + t * K, K, 1.0f);
-  }
+  route(logits, {.experts_per_token = experts_per_token, .mode = mode}, ids, weights);
 }
 
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
            Routing& routing) {
-  check_experts_per_token("route", experts_per_token, logits.cols);
-  routing.num_tokens = logits.rows;
-  routing.experts_per_token = experts_per_token;
-  routing.ids.resize(logits.rows * experts_per_token);
-  routing.weights.resize(logits.rows * experts_per_token);
-  route(logits, experts_per_token, mode, routing.ids.data(), routing.weights.data());
+  route(logits, {.experts_per_token = experts_per_token, .mode = mode}, routing);
 }
 
 }  // namespace cleave

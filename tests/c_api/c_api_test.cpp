@@ -120,6 +120,22 @@ TEST(CApi, RowsMayHaveGaps) {
       ASSERT_EQ(y.view()(t, d), d < D ? whole.y.view()(t, d) : before.view()(t, d));
 }
 
+TEST(CApi, AnUnusedSlotAddsNothing) {
+  const CLayer layer({.biases = true});
+  const ExpertsHandle experts = create(layer.desc());
+  for (const std::int64_t T : {1, 9, 60}) {
+    CCall zero_weight(experts.get(), T, 2, 1, 5);
+    CCall unused(experts.get(), T, 2, 1, 5);
+    for (std::int64_t pair = 0; pair < 2 * T; pair += 3) {
+      zero_weight.routing.weights[pair] = 0.0f;
+      unused.routing.ids[pair] = Routing::kUnused;
+    }
+    const Expectation expected(layer, zero_weight, 1.0f);
+    ASSERT_EQ(unused.run(), CLEAVE_OK) << cleave_last_error();
+    expect_near(unused.y, expected.y, expected.magnitude, expected.bound);
+  }
+}
+
 TEST(CApi, RouteEqualsTheReference) {
   for (unsigned seed = 0; seed < 60; ++seed) {
     std::mt19937 rng(seed);
@@ -129,7 +145,7 @@ TEST(CApi, RouteEqualsTheReference) {
     const MatrixView<const float> view(logits.values.data(), T, E, E + gap);
     const GateMode mode = seed % 2 == 0 ? GateMode::kSoftmax : GateMode::kHard;
     Routing expected;
-    route_reference(view, K, mode, expected);
+    route_reference(view, {.experts_per_token = K, .mode = mode}, expected);
     std::vector<std::int32_t> ids(T * K, -7);
     std::vector<float> weights(T * K, -7.0f);
     cleave_route_call call = cleave_route_call_init();

@@ -36,6 +36,21 @@ expect 2 sh "$guards/no_torch_symbol.sh" missing.o
 expect 2 sh "$guards/no_print_or_exit.sh" missing.o
 expect 2 sh "$guards/no_weak_symbol.sh" avx2 missing.o
 
+# A library under the name of LibTorch's, and a program that loads it.
+echo 'int torch() { return 1; }' >libtorch.cpp
+echo 'int torch(); int main() { return torch() - 1; }' >program.cpp
+$compiler -shared -fPIC libtorch.cpp -o libtorch.so &&
+  $compiler program.cpp -o loads -L. -ltorch -Wl,-rpath,"$PWD" &&
+  echo 'int main() {}' >empty.cpp && $compiler empty.cpp -o loads_not || exit 2
+expect 0 sh "$guards/no_torch_linked.sh" ./loads_not
+expect 1 sh "$guards/no_torch_linked.sh" ./loads
+expect 2 sh "$guards/no_torch_linked.sh" ./missing
+echo 'char big[100000] = {1};' >big.cpp && $compiler -fPIC -c big.cpp -o big.o && ar rc libbig.a big.o || exit 2
+expect 0 sh "$guards/library_size.sh" "$compiler" libbig.a 200000 size
+expect 1 sh "$guards/library_size.sh" "$compiler" libbig.a 100000 size
+expect 1 sh "$guards/library_size.sh" "$compiler" libtorch.so 100 size
+expect 2 sh "$guards/library_size.sh" "$compiler" missing.so 100 size
+
 mkdir -p tree/include/cleave/train tree/src/train
 echo '#include <torch/nn/module.h>' >tree/include/cleave/train/a.h
 echo '#pragma once' >tree/include/cleave/cleave.h

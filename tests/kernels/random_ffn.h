@@ -67,6 +67,15 @@ inline Routing random_routing(std::mt19937& rng, std::int64_t T, std::int64_t E,
   return routing;
 }
 
+/// Takes about a third of the slots out of use, anywhere and whole tokens too.
+inline void drop_slots(std::mt19937& rng, Routing& routing) {
+  for (std::size_t i = 0; i < routing.ids.size(); ++i) {
+    if (rng() % 3 != 0) continue;
+    routing.ids[i] = Routing::kUnused;
+    routing.weights[i] = 0.0f;
+  }
+}
+
 /// What a dot product over D, twice, a product of the two and a sum over H may be off by, as a
 /// multiple of the sum of |terms|: n terms lose at most n * eps; 1.1 bounds the slope of SiLU and
 /// GELU, 16 covers the single products between and the few ulp of a vector exp or tanh.
