@@ -62,6 +62,14 @@ double touched(const FfnShape& shape, const Routing& routing) {
          static_cast<double>(shape.experts);
 }
 
+Timing summary(std::vector<double> seconds) {
+  std::sort(seconds.begin(), seconds.end());
+  const auto at = [&](double share) {
+    return seconds[static_cast<std::size_t>(share * static_cast<double>(seconds.size() - 1) + 0.5)];
+  };
+  return {at(0.5), at(0.25), at(0.75)};
+}
+
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,
                                  int rounds) {
   std::vector<std::vector<double>> seconds(tasks.size());
@@ -79,13 +87,7 @@ std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64
       if (round >= 0) seconds[i].push_back(s);
     }
   std::vector<Timing> result;
-  for (auto& s : seconds) {
-    std::sort(s.begin(), s.end());
-    const auto at = [&](double share) {
-      return s[static_cast<std::size_t>(share * static_cast<double>(s.size() - 1) + 0.5)];
-    };
-    result.push_back({at(0.5), at(0.25), at(0.75)});
-  }
+  for (auto& s : seconds) result.push_back(summary(std::move(s)));
   return result;
 }
 

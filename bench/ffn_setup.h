@@ -44,6 +44,7 @@ std::vector<float> random_values(std::int64_t n, unsigned seed);
 struct Timing {
   double median_s = 0.0, low_s = 0.0, high_s = 0.0;  ///< low, high: the quartiles
 };
+Timing summary(std::vector<double> seconds);
 /// Runs all in turn, `rounds` times after one round of warming up; task(round).
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,
                                  int rounds);
