@@ -7,7 +7,6 @@
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
-#include <thread>
 
 #include "atomic_file.h"
 #include "decoder_ways.h"
@@ -74,8 +73,7 @@ class EndToEnd {
     std::vector<std::vector<double>> prompt(entries_.size()), generate(entries_.size());
     for (int round = -1; round < o_.rounds; ++round)
       for (std::size_t i = 0; i < entries_.size(); ++i) {
-        // Another library's threads may spin for a while after its call; ours must wake up again.
-        std::this_thread::sleep_for(std::chrono::milliseconds(50));
+        wait_for_quiet();
         DecoderWay& way = *entries_[i].way;
         const double p = seconds([&] { way.prompt(tokens); });
         const double g = seconds([&] { way.generate(o_.generate); });

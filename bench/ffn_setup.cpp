@@ -1,5 +1,7 @@
 #include "ffn_setup.h"
 
+#include <time.h>
+
 #include <algorithm>
 #include <numeric>
 #include <random>
@@ -70,14 +72,27 @@ Timing summary(std::vector<double> seconds) {
   return {at(0.5), at(0.25), at(0.75)};
 }
 
+void wait_for_quiet() {
+  const auto cpu_seconds = [] {
+    timespec t{};
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+  };
+  constexpr int kMostWaits = 100;
+  for (int i = 0; i < kMostWaits; ++i) {
+    const double before = cpu_seconds();
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    if (cpu_seconds() - before < 2e-4) return;
+  }
+}
+
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,
                                  int rounds) {
   std::vector<std::vector<double>> seconds(tasks.size());
   std::vector<double> last(tasks.size(), 0.0);
   for (int round = -1; round < rounds; ++round)
     for (std::size_t i = 0; i < tasks.size(); ++i) {
-      // Another library's threads may spin for a while after its call; ours must wake up again.
-      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      wait_for_quiet();
       if (last[i] < 0.02) tasks[i](round + 1 + rounds / 2);
       const auto begin = std::chrono::steady_clock::now();
       tasks[i](round + 1);
