@@ -45,8 +45,8 @@ struct Timing {
   double median_s = 0.0, low_s = 0.0, high_s = 0.0;  ///< low, high: the quartiles
 };
 Timing summary(std::vector<double> seconds);
-/// Returns when no thread of this process uses a core any more. Another library's threads may spin
-/// for long after its call (libgomp's for 300,000 pauses, some 20 ms): a core that ours would lack.
+/// Returns when no thread of this process uses a core any more: another library's threads may spin
+/// for a while after its call, on a core that ours would lack.
 void wait_for_quiet();
 /// Runs all in turn, `rounds` times after one round of warming up; task(round).
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,
