@@ -94,10 +94,10 @@ class Comparison {
         throw std::runtime_error("this build has no " + name + "; see bench/CMakeLists.txt");
       to.push_back(std::move(baseline));
     };
-    const bool bf16 = shape_.type == WeightType::kBF16;
-    if (name == "onednn") add(onednn_baseline(s, bf16), dense_others_);
-    if (name == "openblas") add(openblas_baseline(s), dense_others_);
-    if (name == "libtorch") add(torch_baseline(s, shape_.experts, bf16), sparse_others_);
+    const bool bf16 = name.ends_with("bf16");
+    if (name.starts_with("onednn")) add(onednn_baseline(s, bf16), dense_others_);
+    if (name.starts_with("openblas")) add(openblas_baseline(s), dense_others_);
+    if (name.starts_with("libtorch")) add(torch_baseline(s, shape_.experts, bf16), sparse_others_);
   }
 
   void run_row(std::int64_t T) {
@@ -186,10 +186,10 @@ int main(int argc, char** argv) {
   app.add_option("--tokens", o.tokens, "Token counts, T")->delimiter(',')->capture_default_str();
   app.add_option("--threads", o.threads, "Threads")->capture_default_str();
   app.add_option("--repeats", o.repeats, "Runs per row")->capture_default_str();
-  app.add_option("--baselines", o.baselines,
-                 "Other libraries beside ours, in bf16 if --dtype is that, else f32")
+  app.add_option("--baselines", o.baselines, "Other libraries beside ours, dense or with experts")
       ->delimiter(',')
-      ->check(CLI::IsMember(Names{"onednn", "openblas", "libtorch"}));
+      ->check(CLI::IsMember(
+          Names{"onednn-f32", "onednn-bf16", "openblas-f32", "libtorch-f32", "libtorch-bf16"}));
   app.add_flag("--suite", o.suite, "The table of goals instead (docs/benchmarks.md)");
   app.add_option("--only", o.only, "With --suite: rows whose name begins so, such as C1");
   app.add_option("--json", o.json, "Write the result to this file, too (for bench/plot.py)");
