@@ -5,7 +5,7 @@
 #   .venv-oracle/llama.cpp/source    the sources in the Python source package llama-cpp-python (MIT, 75 MB)
 #   .venv-oracle/llama.cpp/build     libllama.a and the ggml libraries, by its own CMake, for this CPU
 #
-# It takes some ten minutes on two cores. Exit code 1 when the package cannot be had or built.
+# It takes some five minutes on two cores. Exit code 1 when the package cannot be had or built.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -34,8 +34,8 @@ fetch_sources() {
   echo "$llama_sha256  $package" | sha256sum --check --status ||
     fail "llama-cpp-python $llama_version has another SHA-256 than expected"
   mkdir "$scratch/source"
-  tar -xzf "$package" -C "$scratch/source" --strip-components=3 \
-    "llama_cpp_python-$llama_version/vendor/llama.cpp"
+  tar -xzf "$package" -C "$scratch/source" --strip-components=3 --exclude="*/llama.cpp/models" \
+    --exclude="*/llama.cpp/docs" "llama_cpp_python-$llama_version/vendor/llama.cpp"
   echo "$llama_version" >"$scratch/source/version"
   rm -rf "$llama/source"
   mv "$scratch/source" "$llama/source"
