@@ -54,6 +54,8 @@ class EndToEnd {
   void load() {
     const DecoderSpec spec{o_.threads, o_.prompt + o_.generate};
     const Checkpoint dense = Checkpoint::open(o_.dense);
+    if (dense.config().is_moe())
+      throw std::runtime_error(o_.dense + ": holds experts; expected the dense model first");
     vocab_ = dense.config().vocab_size;
     add("dense", "cleave", "bf16", cleave_way(dense, WeightType::kBF16, spec));
     add("dense", "llama.cpp", "bf16", llama_bf16_way(dense, spec));
@@ -62,6 +64,8 @@ class EndToEnd {
       add("dense", "llama.cpp", "4-bit", llama_file_way(o_.dense, spec));
     if (o_.converted.empty()) return;
     const Checkpoint converted = Checkpoint::open(o_.converted);
+    if (!converted.config().is_moe() || converted.config().vocab_size != vocab_)
+      throw std::runtime_error(o_.converted + ": expected what cleave convert made of " + o_.dense);
     add("converted", "cleave", "bf16", cleave_way(converted, WeightType::kBF16, spec));
     add("converted", "llama.cpp", "bf16", llama_bf16_way(converted, spec));
   }
