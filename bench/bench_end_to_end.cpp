@@ -134,7 +134,7 @@ class EndToEnd {
       fmt::print("{:<5}{:<50}{:>9}\n", row, what, "-");
       return;
     }
-    const double ratio = theirs->generate.median_s / ours->generate.median_s;
+    const double ratio = paired_ratio(theirs->generate, ours->generate);
     goals_.push_back(
         {{"row", row}, {"what", what}, {"ours", ratio}, {"at_least", least}, {"aim", aim}});
     fmt::print("{:<5}{:<50}{:>9.3f}{:>10.2f}{:>8.2f}{}\n", row, what, ratio, least, aim,

@@ -118,13 +118,18 @@ class Comparison {
       tasks.push_back(
           [&](std::int64_t r) { b->run(r % shape_.layers, routing, x.data(), y.data()); });
     const auto times = time_in_turn(tasks, o_.repeats);
-    const double ratio = times[0].median_s / times[1].median_s;
+    std::vector<double> ratios;
+    for (std::size_t i = 0; i < times[0].rounds_s.size(); ++i)
+      ratios.push_back(times[0].rounds_s[i] / times[1].rounds_s[i]);
+    const Timing spread = summary(std::move(ratios));
+    const double ratio = paired_ratio(times[0], times[1]);
     nlohmann::ordered_json row{{"tokens", T},
                                {"dense_s", times[0].median_s},
                                {"dense_quartiles_s", {times[0].low_s, times[0].high_s}},
                                {"sparse_s", times[1].median_s},
                                {"sparse_quartiles_s", {times[1].low_s, times[1].high_s}},
                                {"speedup", ratio},
+                               {"speedup_quartiles", {spread.low_s, spread.high_s}},
                                {"touched", touched(shape_, routing)},
                                {"others", nlohmann::ordered_json::object()}};
     fmt::print("{:6}  {:9.3f}  {:9.3f}  {:7.2f}x  {:7.2f}", T, 1e3 * times[0].median_s,

@@ -65,11 +65,12 @@ double touched(const FfnShape& shape, const Routing& routing) {
 }
 
 Timing summary(std::vector<double> seconds) {
+  const std::vector<double> in_order = seconds;
   std::sort(seconds.begin(), seconds.end());
   const auto at = [&](double share) {
     return seconds[static_cast<std::size_t>(share * static_cast<double>(seconds.size() - 1) + 0.5)];
   };
-  return {at(0.5), at(0.25), at(0.75)};
+  return {at(0.5), at(0.25), at(0.75), in_order};
 }
 
 void wait_for_quiet() {
@@ -84,6 +85,18 @@ void wait_for_quiet() {
     std::this_thread::sleep_for(std::chrono::milliseconds(2));
     if (cpu_seconds() - before < 2e-4) return;
   }
+}
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+double paired_ratio(const Timing& a, const Timing& b) {
+  std::vector<double> ratios;
+  for (std::size_t i = 0; i < a.rounds_s.size(); ++i)
+    ratios.push_back(a.rounds_s[i] / b.rounds_s[i]);
+  return median(ratios);
 }
 
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,

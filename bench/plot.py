@@ -34,18 +34,12 @@ def load(path):
         fail(f"{path}: not what bench_moe_ffn --json writes ({error!r})")
 
 
-def spread(row):
-    """The speed-up if sparse took its quartiles."""
-    low, high = row["sparse_quartiles_s"]
-    return row["dense_s"] / high, row["dense_s"] / low
-
-
 def draw(axes, path, colour):
     data, tokens, ideal = load(path)
     label = (f"D {data['d_model']} H {data['hidden']}, {data['active']} of {data['experts']}, "
              f"{data['dtype']}")
     rows = data["rows"]
-    axes.fill_between(tokens, *zip(*[spread(row) for row in rows]), color=colour, alpha=0.2, lw=0)
+    axes.fill_between(tokens, *zip(*[row["speedup_quartiles"] for row in rows]), color=colour, alpha=0.2, lw=0)
     axes.plot(tokens, [row["speedup"] for row in rows], color=colour, marker="o", ms=4, label=label)
     others = {name for row in rows for name in row.get("others", {}) if name.endswith("sparse")}
     for name in sorted(others):

@@ -1,14 +1,4 @@
-// moe_ffn and dense_ffn on packed weights.
-//
-// Work is cut in one of two ways, whichever reads less memory per multiplication:
-//   by neurons  every part takes a share of the active experts' panels, balanced by cost, and runs
-//               all tokens through it into a sum of its own; the sums are added at the end. Each
-//               weight is read once in all: right for few tokens per expert.
-//   by tokens   every part takes a share of the tokens and runs them through all their experts,
-//               straight into y. No two parts write the same row, however skewed the routing.
-// Within a part, experts come one after the other, and panels in groups: for a group, first the
-// hidden values of all its tokens, then down, so that a row of y is loaded and stored once per
-// group and not once per panel.
+// moe_ffn and dense_ffn on packed weights: checks, and the choice between the two ways to run them.
 
 #include <algorithm>
 
@@ -16,121 +6,20 @@
 #include "fail.h"
 #include "kernels/check_routing.h"
 #include "kernels/dispatch.h"
-#include "kernels/packed_ffn_part.h"
+#include "kernels/packed_ffn.h"
 
 namespace cleave {
 namespace {
 
-// Tokens of one pass: the rows of x and y should stay in a second-level cache, but every pass reads
-// the weights again.
-constexpr std::int64_t kMinPassTokens = 128, kMaxPassTokens = 1024;
-constexpr std::int64_t kPassBytes = 1 << 20;
-// From so many rows per expert and part on, reading the weights once per part is paid for.
-constexpr std::int64_t kRowsToCutTokens = 96;
-
-std::int64_t parts_of(const ParallelFor& parallel) { return std::max(1, parallel.threads); }
-
-std::int64_t pass_tokens(const PackedExperts& experts, std::int64_t T, std::int64_t k) {
-  const std::int64_t in_cache = kPassBytes / (8 * experts.d_model() + 1);
-  const std::int64_t enough = kRowsToCutTokens * experts.num_experts() / k;
-  return std::min(T, std::clamp(std::max(in_cache, enough), kMinPassTokens, kMaxPassTokens));
-}
-
-bool cuts_tokens(const PackedExperts& experts, std::int64_t T, std::int64_t k, std::int64_t parts) {
-  return T * k >= kRowsToCutTokens * experts.num_experts() * parts;
-}
-
-void cut_by_tokens(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
-  const std::int64_t T = call.x.rows, parts = parts_of(parallel);
-  const std::int64_t pass = pass_tokens(call.experts, (T + parts - 1) / parts, call.k);
-  Carver sizes(nullptr);
-  carve(sizes, call.experts, pass, call.k);
-  std::byte* memory = workspace.get(sizes.used() * static_cast<std::size_t>(parts));
-  parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
-    for (std::int64_t part = part_begin; part < part_end; ++part) {
-      Carver room(memory + sizes.used() * static_cast<std::size_t>(part));
-      PartRunner runner(call, carve(room, call.experts, pass, call.k));
-      const std::int64_t end = T * (part + 1) / parts;
-      for (std::int64_t t = T * part / parts; t < end; t += pass) {
-        const std::int64_t count = std::min(pass, end - t);
-        runner.group(t, count);
-        for (std::int64_t e = 0; e < call.experts.num_experts(); ++e)
-          runner.run_expert(e, 0, call.experts.panel_begin(e + 1) - call.experts.panel_begin(e),
-                            call.y.slice_rows(t, count), t);
-        runner.finish();
-      }
-    }
-  });
-}
-
-/// A panel costs its reading and its rows; the constant is what a row's arithmetic is worth.
-std::int64_t panel_cost(std::int64_t rows) { return rows == 0 ? 0 : 12 + rows; }
-
-/// Runs part `part` of `parts` equal shares of the cost of tokens [t, t + count).
-void run_share(PartRunner& runner, const PackedExperts& experts, std::int64_t part,
-               std::int64_t parts, MatrixView<float> y, std::int64_t t) {
-  std::int64_t total = 0;
-  for (std::int64_t e = 0; e < experts.num_experts(); ++e)
-    total += (experts.panel_begin(e + 1) - experts.panel_begin(e)) * panel_cost(runner.rows(e));
-  const std::int64_t from = total * part / parts, to = total * (part + 1) / parts;
-  std::int64_t before = 0;
-  for (std::int64_t e = 0; e < experts.num_experts(); ++e) {
-    const std::int64_t panels = experts.panel_begin(e + 1) - experts.panel_begin(e);
-    const std::int64_t cost = panel_cost(runner.rows(e));
-    if (cost > 0) {
-      // The panel that holds a boundary belongs to the part that the boundary begins.
-      const auto index = [&](std::int64_t at) {
-        return std::clamp<std::int64_t>((at - before + cost - 1) / cost, 0, panels);
-      };
-      runner.run_expert(e, index(from), part + 1 == parts ? panels : index(to), y, t);
-    }
-    before += panels * cost;
-  }
-}
-
-void cut_by_neurons(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
-  const std::int64_t T = call.x.rows, D = call.experts.d_model(), parts = parts_of(parallel);
-  const std::int64_t pass = pass_tokens(call.experts, T, call.k);
-  Carver sizes(nullptr);
-  sizes.take<float>(pass * D);
-  carve(sizes, call.experts, pass, call.k);
-  std::byte* memory = workspace.get(sizes.used() * static_cast<std::size_t>(parts));
-  const auto sum_of = [&](std::int64_t part) {
-    return reinterpret_cast<float*>(memory + sizes.used() * static_cast<std::size_t>(part));
-  };
-  for (std::int64_t t = 0; t < T; t += pass) {
-    const std::int64_t count = std::min(pass, T - t);
-    parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
-      for (std::int64_t part = part_begin; part < part_end; ++part) {
-        Carver room(memory + sizes.used() * static_cast<std::size_t>(part));
-        auto* sum = room.take<float>(pass * D);
-        PartRunner runner(call, carve(room, call.experts, pass, call.k));
-        runner.group(t, count);
-        MatrixView<float> y = call.y.slice_rows(t, count);
-        if (part > 0) {
-          std::fill_n(sum, count * D, 0.0f);
-          y = {sum, count, D};
-        }
-        run_share(runner, call.experts, part, parts, y, t);
-        runner.finish();
-      }
-    });
-    if (parts == 1) continue;
-    constexpr std::int64_t kRowsPerRange = 8;
-    parallel(count, kRowsPerRange, [&](std::int64_t begin, std::int64_t end) {
-      for (std::int64_t part = 1; part < parts; ++part)
-        for (std::int64_t r = begin; r < end; ++r)
-          isa_kernels().add(sum_of(part) + r * D, call.y.row(t + r), D);
-    });
-  }
-}
+// From so many rows per expert on, unpacking weights and a second phase are paid for.
+constexpr std::int64_t kPrefillRows = 12;
 
 void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
   if (call.x.rows == 0 || call.k == 0) return;
-  if (cuts_tokens(call.experts, call.x.rows, call.k, parts_of(parallel)))
-    cut_by_tokens(call, workspace, parallel);
+  if (call.x.rows * call.k >= kPrefillRows * call.experts.num_experts())
+    run_prefill(call, workspace, parallel);
   else
-    cut_by_neurons(call, workspace, parallel);
+    run_decode(call, workspace, parallel);
 }
 
 void check_packed_shapes(const char* function, const PackedExperts& experts,

@@ -371,6 +371,51 @@ void multiply_tile(const TileProduct& product) {
       tile_rows<kRows % 3 == 0 ? 3 : 2>(product, r);
 }
 
+template <int kRows>
+CLEAVE_INLINE void block_rows(const BlockProduct& product, int first_row) {
+  const float* w = product.panel;
+  const float* x[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) x[r] = product.x[first_row + r];
+  float* const* y = product.y + first_row;
+  const char* prefetch =
+      product.prefetch != nullptr ? product.prefetch : reinterpret_cast<const char*>(w);
+  const std::int64_t prefetch_stride = product.prefetch != nullptr ? 64 : 0;
+  Floats sum[kRows][2] = {};
+  const auto step = [&](std::int64_t s) __attribute__((always_inline)) {
+    const Floats w0 = load<Floats>(w + s * kPanelWidth);
+    const Floats w1 = load<Floats>(w + s * kPanelWidth + 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Floats value = splat(x[r][s]);
+      sum[r][0] += value * w0;
+      sum[r][1] += value * w1;
+    }
+  };
+  // One line at a time: a burst would wait for the few that a core can have on their way.
+  std::int64_t s = 0;
+  for (; s + 2 <= product.steps; s += 2) {
+    __builtin_prefetch(prefetch, 0, 2);
+    prefetch += prefetch_stride;
+    step(s);
+    step(s + 1);
+  }
+  if (s < product.steps) step(s);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+    for (int half = 0; half < 2; ++half) {
+      float* to = y[r] + 16 * half;
+      if (product.add) sum[r][half] += load<Floats>(to);
+      store(sum[r][half], to);
+    }
+}
+
+template <int kRows>
+void multiply_block(const BlockProduct& product) {
+  constexpr int kPart = kRegisterRows >= kRows ? kRows : 2;
+  for (int r = 0; r < kRows; r += kPart) block_rows<kPart>(product, r);
+}
+
 template <typename Format>
 void unpack(const void* panel_in, std::int64_t steps, const float* scales, float* out) {
   const auto* panel = static_cast<const char*>(panel_in);
@@ -458,8 +503,8 @@ CLEAVE_INLINE Floats act(Activation activation, const Floats& x) {
 }
 
 void activate(Activation activation, bool gated, std::int64_t rows, const float* in,
-              const float* weight, const float* step_scale, float* h) {
-  for (std::int64_t r = 0; r < rows; ++r, in += kPanelWidth, h += kTileStride) {
+              const float* weight, const float* step_scale, float* h, std::int64_t stride) {
+  for (std::int64_t r = 0; r < rows; ++r, in += kPanelWidth, h += stride) {
     const Floats first = load<Floats>(in), second = load<Floats>(in + 16);
     const Floats scale = splat(weight[r]);
     Floats out[2] = {act(activation, first) * scale, {}};
@@ -483,6 +528,7 @@ constexpr PanelKernels kPanels = {
         {multiply<Int4, 1>, multiply<Int4, 2>, multiply<Int4, 4>, nullptr},
     },
     {multiply_tile<4>, multiply_tile<8>, multiply_tile<12>},
+    {multiply_block<4>, multiply_block<8>},
     {unpack<F32>, unpack<BF16>, unpack<F16>, unpack<Int8>, unpack<Int4>},
     activate,
 };

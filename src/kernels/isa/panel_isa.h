@@ -60,19 +60,32 @@ struct TileProduct {
   const char* prefetch;  ///< what to fetch from memory meanwhile: 32 bytes per step; or nullptr
 };
 
+/// y[r][lane] (+)= sum over s < steps of x[r][s] * panel[s][lane]: rows wherever they lie.
+struct BlockProduct {
+  const float* panel;  ///< [steps, 32]; with x it should fit a first-level cache
+  std::int64_t steps;
+  const float* const* x;  ///< a pointer per row, to `steps` floats
+  float* const* y;        ///< a pointer per row, to 32 floats
+  bool add;
+  const char* prefetch;  ///< what to fetch from memory meanwhile: 32 bytes per step; or nullptr
+};
+inline constexpr int kBlockRows = 8;
+
 struct PanelKernels {
   /// Indexed by format and row count; nullptr where the format is to be unpacked first.
   void (*multiply[kNumPanelFormats][kNumPanelRows])(const PanelProduct& product);
   /// Indexed by (rows + 3) / 4 - 1: for tiles of at most 4, 8 and 12 rows; writes that many.
   void (*multiply_tile[kTileRows / 4])(const TileProduct& product);
+  /// For 4 and for 8 rows.
+  void (*multiply_block[2])(const BlockProduct& product);
   /// out [steps, 32] = the panel's weights.
   void (*unpack[kNumPanelFormats])(const void* panel, std::int64_t steps, const float* scales,
                                    float* out);
   /// h[r][j] = weight[r] * act(in[r][j]) * in[r][16 + j] for j < 16; without a gate
   /// h[r][j] = weight[r] * act(in[r][j]) for j < 32. Times step_scale[j] unless that is nullptr.
-  ///   in [rows, 32]   h: rows kTileStride apart
+  ///   in [rows, 32]   h: rows `stride` apart
   void (*activate)(Activation activation, bool gated, std::int64_t rows, const float* in,
-                   const float* weight, const float* step_scale, float* h);
+                   const float* weight, const float* step_scale, float* h, std::int64_t stride);
 };
 
 namespace scalar {

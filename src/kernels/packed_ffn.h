@@ -1,0 +1,86 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cleave/packed.h"
+#include "fail.h"
+
+// What the ways to run experts on packed weights share.
+namespace cleave {
+
+/// Operands of moe_ffn().
+struct FfnCall {
+  const PackedExperts& experts;
+  const std::int32_t* ids;  // [T, K]
+  const float* weights;     // [T, K]
+  std::int64_t k;           // K
+  float scale;
+  MatrixView<const float> x;
+  MatrixView<float> y;
+};
+
+/// Few tokens per expert: weights are read once, as they are stored. See packed_ffn_decode.cpp.
+void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
+/// Many: weights are unpacked once per pass. See packed_ffn_prefill.cpp.
+void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
+
+/// Cuts a piece of memory into arrays; with nullptr it only adds up what they need.
+class Carver {
+ public:
+  explicit Carver(std::byte* base) : base_(base) {}
+  template <typename T>
+  T* take(std::int64_t count) {
+    auto* here = reinterpret_cast<T*>(base_ + used_);
+    used_ += (static_cast<std::size_t>(count) * sizeof(T) + 63) / 64 * 64;
+    return here;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  std::byte* base_;
+  std::size_t used_ = 0;
+};
+
+/// The (token, slot) pairs of some tokens, by expert. An id of -1 is a slot that is not used.
+struct PairGroups {
+  std::int32_t* begin;  // [E + 1] pairs of expert e are [begin[e], begin[e + 1])
+  std::int32_t* next;   // [E] scratch
+  std::int32_t* pair;   // [tokens * K] t * K + k, ascending within an expert
+
+  std::int64_t rows(std::int64_t e) const { return begin[e + 1] - begin[e]; }
+};
+PairGroups carve_groups(Carver& from, std::int64_t num_experts, std::int64_t pairs);
+/// Of tokens [first, first + count).
+/// @throws InvalidArgument  a token has an expert twice
+void group_pairs(const FfnCall& call, std::int64_t first, std::int64_t count, PairGroups& groups);
+
+/// Calls body(e, panel_begin, panel_end) for part `part` of `parts` equal shares of all experts'
+/// panels; a panel of expert e costs cost(e), and one that costs nothing is left out.
+template <typename Cost, typename Body>
+void for_share_of_panels(const PackedExperts& experts, std::int64_t part, std::int64_t parts,
+                         const Cost& cost, const Body& body) {
+  const std::int64_t E = experts.num_experts();
+  const auto panels = [&](std::int64_t e) {
+    return experts.panel_begin(e + 1) - experts.panel_begin(e);
+  };
+  std::int64_t total = 0;
+  for (std::int64_t e = 0; e < E; ++e) total += panels(e) * cost(e);
+  const std::int64_t from = total * part / parts, to = total * (part + 1) / parts;
+  std::int64_t before = 0;
+  for (std::int64_t e = 0; e < E; ++e) {
+    const std::int64_t each = cost(e);
+    if (each == 0) continue;
+    // The panel that holds a boundary belongs to the part that the boundary begins.
+    const auto index = [&](std::int64_t at) {
+      const std::int64_t offset = at - before;
+      if (offset <= 0) return std::int64_t{0};
+      return offset >= panels(e) * each ? panels(e) : (offset + each - 1) / each;
+    };
+    const std::int64_t begin = index(from), end = part + 1 == parts ? panels(e) : index(to);
+    if (begin < end) body(e, experts.panel_begin(e) + begin, experts.panel_begin(e) + end);
+    before += panels(e) * each;
+  }
+}
+
+}  // namespace cleave

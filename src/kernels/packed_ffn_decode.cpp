@@ -1,0 +1,188 @@
+// Experts with few tokens each: memory is the limit. Every part takes a share of the active
+// experts' panels, balanced by cost, and runs all their tokens through it into a sum of its own;
+// the sums are added at the end. So each weight is read once, in one stream per thread, and there
+// is no barrier between the two products.
+
+#include <algorithm>
+
+#include "kernels/dispatch.h"
+#include "kernels/packed_ffn.h"
+#include "kernels/packed_format.h"
+#include "kernels/panel_rows.h"
+
+namespace cleave {
+namespace {
+
+/// What one part writes beside its sum. Lives in the workspace.
+struct DecodeScratch {
+  PairGroups groups;
+  float* products;    // [8, 32] gate|up of a panel
+  float* hidden;      // [8, 32]
+  float* x_sums;      // [tokens, ceil(D / 32)] for kInt4
+  float* padding;     // [D, rounded up] y of rows that only fill a kernel
+  float* zeros;       // [32] their hidden values
+  float* tail;        // [8, 32] outputs, some of no column
+  float* row_weight;  // [tokens]
+};
+
+DecodeScratch carve_decode(Carver& from, const FfnCall& call) {
+  const std::int64_t T = call.x.rows, D = call.x.cols;
+  DecodeScratch s;
+  s.groups = carve_groups(from, call.experts.num_experts(), T * call.k);
+  s.products = from.take<float>(kMaxPanelRows * kPanelWidth);
+  s.hidden = from.take<float>(kMaxPanelRows * kPanelWidth);
+  s.x_sums = from.take<float>(call.experts.type() == WeightType::kInt4 ? T * num_blocks(D) : 0);
+  s.padding = from.take<float>(num_blocks(D) * kPanelWidth);
+  s.zeros = from.take<float>(kPanelWidth);
+  s.tail = from.take<float>(kMaxPanelRows * kPanelWidth);
+  s.row_weight = from.take<float>(T);
+  return s;
+}
+
+/// Runs tokens through ranges of expert panels. One object per part.
+class DecodePart {
+ public:
+  DecodePart(const FfnCall& call, const DecodeScratch& scratch, MatrixView<float> y)
+      : call_(call),
+        s_(scratch),
+        y_(y),
+        layout_(call.experts.type(), call.experts.gated(), call.experts.d_model()),
+        kernels_(panel_kernels()),
+        batch_(direct_panel_rows(kernels_, layout_.format)) {
+    group_pairs(call_, 0, call_.x.rows, s_.groups);
+    std::fill_n(s_.zeros, kPanelWidth, 0.0f);
+    std::fill_n(s_.padding, num_blocks(call_.x.cols) * kPanelWidth, 0.0f);
+    if (layout_.format != PanelFormat::kInt4) return;
+    for (std::int64_t t = 0; t < call_.x.rows; ++t)
+      block_sums(call_.x.row(t), call_.x.cols, s_.x_sums + t * num_blocks(call_.x.cols));
+  }
+  std::int64_t rows(std::int64_t e) const { return s_.groups.rows(e); }
+
+  /// Panels [begin, end), which are of expert e.
+  void run(std::int64_t e, std::int64_t begin, std::int64_t end) {
+    pair_ = s_.groups.pair + s_.groups.begin[e];
+    const std::int64_t m = rows(e);
+    for (std::int64_t r = 0; r < m; ++r) s_.row_weight[r] = call_.scale * call_.weights[pair_[r]];
+    for (std::int64_t p = begin; p < end; ++p)
+      for (std::int64_t r = 0; r < m; r += batch_) {
+        const std::int64_t n = std::min(batch_, m - r);
+        gate_up(p, r, n);
+        activate(p, r, n);
+        down(p, r, n);
+      }
+  }
+
+ private:
+  std::int64_t token(std::int64_t row) const { return pair_[row] / call_.k; }
+  const float* scales(std::int64_t panel) const {
+    return reinterpret_cast<const float*>(call_.experts.panel(panel));
+  }
+
+  void gate_up(std::int64_t panel, std::int64_t first, std::int64_t n) const {
+    const int kernel = panel_rows_index(n);
+    const std::int64_t D = call_.x.cols;
+    const float *x[kMaxPanelRows], *x_sums[kMaxPanelRows];
+    float* out[kMaxPanelRows];
+    for (std::int64_t r = 0; r < kPanelRows[kernel]; ++r) {
+      const std::int64_t t = token(first + std::min(r, n - 1));
+      x[r] = call_.x.row(t);
+      x_sums[r] = s_.x_sums + t * num_blocks(D);
+      out[r] = s_.products + r * kPanelWidth;
+    }
+    const std::byte* weights = call_.experts.panel(panel) + layout_.gate_up_offset();
+    kernels_.multiply[static_cast<int>(layout_.format)][kernel](
+        {weights, scales(panel), D, 1, 0, x, x_sums, out, false,
+         reinterpret_cast<const char*>(weights) + kPrefetchBytes});
+  }
+
+  void activate(std::int64_t panel, std::int64_t first, std::int64_t n) const {
+    const std::span<const float> biases = call_.experts.lane_bias();
+    for (std::int64_t r = 0; r < n && !biases.empty(); ++r)
+      isa_kernels().add(biases.data() + panel * kPanelWidth, s_.products + r * kPanelWidth,
+                        kPanelWidth);
+    kernels_.activate(
+        call_.experts.activation(), call_.experts.gated(), n, s_.products, s_.row_weight + first,
+        layout_.format == PanelFormat::kInt8 ? scales(panel) + layout_.scale_bytes / 4 : nullptr,
+        s_.hidden, kPanelWidth);
+  }
+
+  void down(std::int64_t panel, std::int64_t first, std::int64_t n) const {
+    const int kernel = panel_rows_index(n);
+    const float *h[kMaxPanelRows], *sums[kMaxPanelRows];
+    float h_sums[kMaxPanelRows];  // a panel's neurons are one block at most
+    float *y[kMaxPanelRows], *tail[kMaxPanelRows];
+    for (std::int64_t r = 0; r < kPanelRows[kernel]; ++r) {
+      h[r] = r < n ? s_.hidden + r * kPanelWidth : s_.zeros;
+      y[r] = r < n ? y_.row(token(first + r)) : s_.padding;
+      tail[r] = s_.tail + r * kPanelWidth;
+      sums[r] = &h_sums[r];
+      if (layout_.format == PanelFormat::kInt4) block_sums(h[r], layout_.neurons, &h_sums[r]);
+    }
+    const auto multiply = kernels_.multiply[static_cast<int>(layout_.format)][kernel];
+    const float* down_scales = layout_.format == PanelFormat::kInt8
+                                   ? kUnitScales
+                                   : scales(panel) + layout_.scale_bytes / 4;
+    const auto run = [&](std::int64_t d, std::int64_t panels, float* const* out, bool add) {
+      const std::byte* weights =
+          call_.experts.panel(panel) + layout_.down_offset() + d * layout_.down_panel_bytes;
+      multiply({weights, down_scales, layout_.neurons, panels, layout_.down_panel_bytes, h, sums,
+                out, add, reinterpret_cast<const char*>(weights) + kPrefetchBytes});
+    };
+    const std::int64_t D = call_.x.cols, whole = D / kPanelWidth;
+    run(0, whole, y, true);
+    if (whole == layout_.down_panels) return;
+    run(whole, 1, tail, false);
+    for (std::int64_t r = 0; r < n; ++r)
+      for (std::int64_t c = whole * kPanelWidth; c < D; ++c)
+        y[r][c] += tail[r][c - whole * kPanelWidth];
+  }
+
+  const FfnCall& call_;
+  DecodeScratch s_;
+  MatrixView<float> y_;
+  ExpertPanelLayout layout_;
+  const PanelKernels& kernels_;
+  std::int64_t batch_;
+  const std::int32_t* pair_ = nullptr;  // of the expert that runs
+};
+
+}  // namespace
+
+void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
+  const std::int64_t T = call.x.rows, D = call.x.cols, parts = std::max(1, parallel.threads);
+  Carver sizes(nullptr);
+  sizes.take<float>(T * D);
+  carve_decode(sizes, call);
+  std::byte* memory = workspace.get(sizes.used() * static_cast<std::size_t>(parts));
+  const auto sum_of = [&](std::int64_t part) {
+    return reinterpret_cast<float*>(memory + sizes.used() * static_cast<std::size_t>(part));
+  };
+  parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
+    for (std::int64_t part = part_begin; part < part_end; ++part) {
+      Carver room(memory + sizes.used() * static_cast<std::size_t>(part));
+      auto* sum = room.take<float>(T * D);
+      MatrixView<float> y = call.y;
+      if (part > 0) {
+        std::fill_n(sum, T * D, 0.0f);
+        y = {sum, T, D};
+      }
+      DecodePart runner(call, carve_decode(room, call), y);
+      // A panel costs its reading and its rows; the constant is what a row's arithmetic is worth.
+      const auto cost = [&](std::int64_t e) {
+        return runner.rows(e) == 0 ? 0 : 12 + runner.rows(e);
+      };
+      for_share_of_panels(
+          call.experts, part, parts, cost,
+          [&](std::int64_t e, std::int64_t begin, std::int64_t end) { runner.run(e, begin, end); });
+    }
+  });
+  if (parts == 1) return;
+  constexpr std::int64_t kRowsPerRange = 8;
+  parallel(T, kRowsPerRange, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t part = 1; part < parts; ++part)
+      for (std::int64_t t = begin; t < end; ++t)
+        isa_kernels().add(sum_of(part) + t * D, call.y.row(t), D);
+  });
+}
+
+}  // namespace cleave
