@@ -2,13 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <utility>
 
 #include "attention.h"
 #include "decoder_weights.h"
 #include "fail.h"
 #include "kernels/dispatch.h"
-#include "support/buffer.h"
+#include "support/huge_pages.h"
 #include "support/thread_pool.h"
 
 namespace cleave {
@@ -16,14 +17,47 @@ namespace {
 
 constexpr std::int64_t kRowGrain = 8;  // rows of norms and rotations worth a thread
 
+KvLayout kv_layout(const ModelConfig& config, std::int64_t capacity) {
+  return {config.num_kv_heads, config.head_dim, capacity};
+}
+
+/// What a forward pass of T tokens writes beside its result. Lives in a workspace.
+struct ForwardRoom {
+  ForwardRoom(const ModelConfig& c, std::int64_t T, Workspace& workspace) {
+    const std::int64_t D = c.hidden_size, queries = c.num_heads * c.head_dim;
+    const std::int64_t qkv_width = queries + 2 * c.num_kv_heads * c.head_dim;
+    const std::int64_t sizes[] = {
+        T * D, T * D, T * D, T * qkv_width, T * queries, T * c.head_dim / 2, T * c.head_dim / 2};
+    std::int64_t begin[std::size(sizes) + 1] = {};
+    for (std::size_t i = 0; i < std::size(sizes); ++i)
+      begin[i + 1] = begin[i] + (sizes[i] + 15) / 16 * 16;  // whole cache lines
+    auto* memory = reinterpret_cast<float*>(
+        workspace.get(static_cast<std::size_t>(begin[std::size(sizes)]) * sizeof(float)));
+    x = {memory + begin[0], T, D};
+    normed = {memory + begin[1], T, D};
+    branch = {memory + begin[2], T, D};
+    qkv = {memory + begin[3], T, qkv_width};
+    context = {memory + begin[4], T, queries};
+    cosine = {memory + begin[5], T, c.head_dim / 2};
+    sine = {memory + begin[6], T, c.head_dim / 2};
+  }
+  MatrixView<float> x, normed;     // [T, D] the residual stream, and its norm
+  MatrixView<float> branch;        // [T, D] of the FFN
+  MatrixView<float> qkv, context;  // [T, query and key/value heads], [T, query heads]
+  MatrixView<float> cosine, sine;  // [T, head_dim / 2] of each token's position
+};
+
 }  // namespace
 
 KvCache::KvCache(const ModelConfig& config, std::int64_t capacity) : capacity_(capacity) {
   if (capacity < 1)
     fail_argument("KvCache: capacity is {} tokens; it must be at least 1", capacity);
-  const std::int64_t width = config.num_kv_heads * config.head_dim;
-  keys_.assign(config.num_layers, std::vector<float>(capacity * width));
-  values_ = keys_;
+  layer_size_ = kv_layout(config, capacity).size();
+  const auto lines =
+      static_cast<std::size_t>(config.num_layers * layer_size_) / std::size(CacheLine{}.values);
+  memory_.reserve(lines);
+  advise_huge_pages(memory_.data(), lines * sizeof(CacheLine));
+  memory_.resize(lines);
 }
 
 struct Model::Impl {
@@ -53,14 +87,14 @@ struct Model::Impl {
     });
   }
 
-  /// x += attention(normed), and the layer's part of the cache is filled.
-  void attend(const LayerWeights& w, MatrixView<const float> normed, std::int64_t position,
-              std::vector<float>& keys, std::vector<float>& values, MatrixView<float> x);
+  /// room.x += attention(room.normed), and the layer's part of the cache is filled.
+  void attend(const LayerWeights& w, const ForwardRoom& room, std::int64_t position,
+              const KvLayout& layout, float* cache);
   /// y += the layer's experts on `normed`; `routing` tells which.
   void run_experts(const PackedMoe& moe, MatrixView<const float> normed, MatrixView<float> y);
   /// Rotates and scales q in place; rotates k and moves k and v into the cache.
-  void rotate_and_store(MatrixView<float> qkv, std::int64_t position, MatrixView<float> keys,
-                        MatrixView<float> values);
+  void rotate_and_store(const ForwardRoom& room, std::int64_t position, const KvLayout& layout,
+                        float* cache);
 
   const LayerWeights& layer(const char* function, std::int64_t l) const {
     if (l < 0 || l >= config.num_layers)
@@ -73,51 +107,51 @@ struct Model::Impl {
   Rope rope;
   WeightType type;
   DecoderWeights weights;
-  Workspace workspace;
-  Routing routing;  // of the layer that ran last
+  Workspace workspace;               // of the op that runs
+  Workspace forward_memory;          // of a ForwardRoom
+  std::vector<float> router_logits;  // [T, E] of the layer that ran last
+  Routing routing;                   // the same
 };
 
-void Model::Impl::rotate_and_store(MatrixView<float> qkv, std::int64_t position,
-                                   MatrixView<float> keys, MatrixView<float> values) {
+void Model::Impl::rotate_and_store(const ForwardRoom& room, std::int64_t position,
+                                   const KvLayout& layout, float* cache) {
   const std::int64_t d = config.head_dim;
   const float q_factor = 1.0f / std::sqrt(static_cast<float>(d));
-  pool.parallel_for()(qkv.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> cosine(d / 2), sine(d / 2);
+  pool.parallel_for()(room.qkv.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
-      rope.angles(position + t, cosine.data(), sine.data());
-      float* q = qkv.row(t);
+      const float *cosine = room.cosine.row(t), *sine = room.sine.row(t);
+      float* q = room.qkv.row(t);
       float* k = q + query_width();
       for (std::int64_t h = 0; h < config.num_heads; ++h)
-        Rope::rotate(cosine.data(), sine.data(), q_factor, d, q + h * d);
+        Rope::rotate(cosine, sine, q_factor, d, q + h * d);
       for (std::int64_t h = 0; h < config.num_kv_heads; ++h)
-        Rope::rotate(cosine.data(), sine.data(), 1.0f, d, k + h * d);
-      std::copy_n(k, kv_width(), keys.row(position + t));
-      std::copy_n(k + kv_width(), kv_width(), values.row(position + t));
+        Rope::rotate(cosine, sine, 1.0f, d, k + h * d);
     }
+    const MatrixView<const float> keys(room.qkv.row(begin) + query_width(), end - begin, kv_width(),
+                                       room.qkv.row_stride);
+    const MatrixView<const float> values(keys.data + kv_width(), keys.rows, keys.cols,
+                                         keys.row_stride);
+    store_keys_and_values(layout, keys, values, position + begin, cache);
   });
 }
 
-void Model::Impl::attend(const LayerWeights& w, MatrixView<const float> normed,
-                         std::int64_t position, std::vector<float>& keys,
-                         std::vector<float>& values, MatrixView<float> x) {
-  const std::int64_t T = x.rows, width = query_width() + 2 * kv_width();
-  Buffer qkv_room(T * width), context_room(T * query_width());
-  const MatrixView<float> qkv(qkv_room.data(), T, width);
-  const MatrixView<float> context(context_room.data(), T, query_width());
-  linear(w.qkv, normed, w.qkv_bias, qkv, /*add=*/false, workspace, pool.parallel_for());
-  const MatrixView<float> k(keys.data(), position + T, kv_width());
-  const MatrixView<float> v(values.data(), position + T, kv_width());
-  rotate_and_store(qkv, position, k, v);
+void Model::Impl::attend(const LayerWeights& w, const ForwardRoom& room, std::int64_t position,
+                         const KvLayout& layout, float* cache) {
+  const std::int64_t T = room.x.rows;
+  linear(w.qkv, room.normed, w.qkv_bias, room.qkv, /*add=*/false, workspace, pool.parallel_for());
+  rotate_and_store(room, position, layout, cache);
   attention({config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window},
-            {qkv.data, T, query_width(), width}, k, v, context, pool.parallel_for());
-  linear(w.output, context, w.output_bias, x, /*add=*/true, workspace, pool.parallel_for());
+            {room.qkv.data, T, query_width(), room.qkv.row_stride}, layout, cache, position + T,
+            room.context, workspace, pool.parallel_for());
+  linear(w.output, room.context, w.output_bias, room.x, /*add=*/true, workspace,
+         pool.parallel_for());
 }
 
 void Model::Impl::run_experts(const PackedMoe& moe, MatrixView<const float> normed,
                               MatrixView<float> y) {
   const std::int64_t E = moe.experts.num_experts();
-  Buffer logits_room(normed.rows * E);
-  const MatrixView<float> logits(logits_room.data(), normed.rows, E);
+  router_logits.resize(static_cast<std::size_t>(normed.rows * E));
+  const MatrixView<float> logits(router_logits.data(), normed.rows, E);
   linear(moe.router, normed, {}, logits, /*add=*/false, workspace, pool.parallel_for());
   route(logits, moe.experts_per_token, moe.gate, routing);
   moe_ffn(moe.experts, routing, moe.scale, normed, y, workspace, pool.parallel_for());
@@ -152,9 +186,10 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
         "Model::forward: the cache holds {} of {} tokens; {} more do not fit; make it "
         "larger or clear() it",
         position, cache.capacity_, T);
-  const auto kv_elements = static_cast<std::size_t>(cache.capacity_ * impl_->kv_width());
-  if (static_cast<std::int64_t>(cache.keys_.size()) != c.num_layers ||
-      cache.keys_.front().size() != kv_elements)
+  const KvLayout layout = kv_layout(c, cache.capacity_);
+  if (cache.layer_size_ != layout.size() ||
+      cache.memory_.size() * sizeof(KvCache::CacheLine) !=
+          static_cast<std::size_t>(c.num_layers * layout.size()) * sizeof(float))
     fail_argument("Model::forward: the cache was made for a model of another shape");
   for (std::int64_t t = 0; t < T; ++t)
     if (tokens[t] < 0 || tokens[t] >= c.vocab_size)
@@ -164,14 +199,16 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
           t, tokens[t], c.vocab_size - 1);
   if (T == 0) return;
 
-  Buffer x_room(T * D), normed_room(T * D), branch_room(T * D);
-  const MatrixView<float> x(x_room.data(), T, D), normed(normed_room.data(), T, D);
-  const MatrixView<float> branch(branch_room.data(), T, D);
-  for (std::int64_t t = 0; t < T; ++t) impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
+  const ForwardRoom room(c, T, impl_->forward_memory);
+  const MatrixView<float> x = room.x, normed = room.normed, branch = room.branch;
+  for (std::int64_t t = 0; t < T; ++t) {
+    impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
+    impl_->rope.angles(position + t, room.cosine.row(t), room.sine.row(t));
+  }
   for (std::int64_t l = 0; l < c.num_layers; ++l) {
     const LayerWeights& w = impl_->weights.layers[l];
     impl_->norm(x, w.input_norm, normed);
-    impl_->attend(w, normed, position, cache.keys_[l], cache.values_[l], x);
+    impl_->attend(w, room, position, layout, cache.layer(l));
     impl_->norm(x, w.post_norm, normed);
     if (hooks.ffn_input) hooks.ffn_input(l, normed);
     // Not straight into x: the kernels add in many small parts, each of which would round to the

@@ -9,30 +9,10 @@
 #include "fail.h"
 #include "kernels/dispatch.h"
 #include "kernels/packed_format.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
+#include "support/weight_memory.h"
 
 namespace cleave {
 namespace {
-
-constexpr std::size_t kHugePage = std::size_t{2} << 20;
-
-/// Weights are read once per token in long streams: with 4 kB pages the page walks cost a tenth of
-/// the bandwidth, so large blocks ask for huge ones. Advice only; a system may ignore it.
-std::shared_ptr<std::byte[]> allocate(std::int64_t bytes) {
-  const auto size = static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1));
-  const std::size_t alignment = size >= kHugePage ? kHugePage : 64;
-  auto* memory =
-      static_cast<std::byte*>(::operator new[](size, static_cast<std::align_val_t>(alignment)));
-#ifdef __linux__
-  if (alignment == kHugePage) madvise(memory, size / kHugePage * kHugePage, MADV_HUGEPAGE);
-#endif
-  return {memory, [alignment](std::byte* p) {
-            ::operator delete[](p, static_cast<std::align_val_t>(alignment));
-          }};
-}
 
 void check_finite(const char* what, MatrixView<const float> weight) {
   for (std::int64_t r = 0; r < weight.rows; ++r)
@@ -134,7 +114,7 @@ struct PackTarget {
 std::shared_ptr<std::byte[]> pack_panels(const PackTarget& t, const std::vector<Source>& sources,
                                          const ParallelFor& parallel) {
   const ExpertPanelLayout layout(t.type, t.gated, t.d_model);
-  auto data = allocate(t.panel_begin.back() * layout.bytes());
+  auto data = allocate_weights(t.panel_begin.back() * layout.bytes());
   parallel(t.panel_begin.back(), 1, [&](std::int64_t begin, std::int64_t end) {
     PanelWriter writer(t.type, t.gated, t.d_model);
     auto e = std::upper_bound(t.panel_begin.begin(), t.panel_begin.end(), begin) -
@@ -220,7 +200,7 @@ PackedLinear::PackedLinear(MatrixView<const float> weight, WeightType type,
   panel_bytes_ = scale_bytes(format) + cleave::panel_bytes(format, cols_);
   const std::int64_t panels = (rows_ + kPanelWidth - 1) / kPanelWidth;
   bytes_ = panels * panel_bytes_;
-  auto data = allocate(bytes_);
+  auto data = allocate_weights(bytes_);
   parallel(panels, 1, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> w;
     for (std::int64_t p = begin; p < end; ++p) {

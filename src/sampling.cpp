@@ -4,6 +4,7 @@
 
 #include "cleave/model.h"
 #include "fail.h"
+#include "kernels/dispatch.h"
 
 namespace cleave {
 namespace {
@@ -26,12 +27,14 @@ void keep_top(std::vector<Candidate>& candidates, double total, double top_p) {
 
 std::int32_t check_and_find_largest(std::span<const float> logits) {
   if (logits.empty()) fail_argument("Sampler: there are no logits; expected one per token id");
-  std::size_t largest = 0;
-  for (std::size_t i = 0; i < logits.size(); ++i) {
-    if (std::isnan(logits[i]) || logits[i] == std::numeric_limits<float>::infinity())
-      fail_argument("Sampler: the logit of token {} is {}; look for NaN in the model's weights", i,
-                    logits[i]);
-    if (logits[i] > logits[largest]) largest = i;
+  const std::int64_t largest =
+      row_kernels().largest(logits.data(), static_cast<std::int64_t>(logits.size()));
+  if (largest < 0) {
+    const auto bad = std::find_if(logits.begin(), logits.end(), [](float logit) {
+      return std::isnan(logit) || logit == std::numeric_limits<float>::infinity();
+    });
+    fail_argument("Sampler: the logit of token {} is {}; look for NaN in the model's weights",
+                  bad - logits.begin(), *bad);
   }
   return static_cast<std::int32_t>(largest);
 }

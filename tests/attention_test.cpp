@@ -3,9 +3,12 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "kernels/random_ffn.h"
+#include "support/buffer.h"
 #include "support/thread_pool.h"
 
 namespace cleave {
@@ -34,6 +37,39 @@ void attention_reference(const AttentionShape& s, MatrixView<const float> q,
     }
 }
 
+// Fills a cache in two steps, as a prompt and the tokens after it do, and runs the kernel. What
+// lies beyond the tokens must not be used.
+void attend(const AttentionShape& s, MatrixView<const float> q, MatrixView<const float> keys,
+            MatrixView<const float> values, MatrixView<float> out, const ParallelFor& parallel) {
+  const KvLayout layout{s.num_kv_heads, s.head_dim, keys.rows + 3};
+  const Buffer cache(layout.size());
+  std::fill_n(cache.data(), layout.size(), std::numeric_limits<float>::quiet_NaN());
+  const std::int64_t past = keys.rows - q.rows;
+  store_keys_and_values(layout, keys.slice_rows(0, past), values.slice_rows(0, past), 0,
+                        cache.data());
+  store_keys_and_values(layout, keys.slice_rows(past, q.rows), values.slice_rows(past, q.rows),
+                        past, cache.data());
+  Workspace workspace;
+  attention(s, q, layout, cache.data(), keys.rows, out, workspace, parallel);
+}
+
+// Random operands; the last T of N tokens are queries.
+void expect_definition(const AttentionShape& s, std::int64_t T, std::int64_t N, std::mt19937& rng,
+                       const ParallelFor& parallel) {
+  const OwnedMatrix q = random_matrix(rng, T, s.num_heads * s.head_dim);
+  const OwnedMatrix k = random_matrix(rng, N, s.num_kv_heads * s.head_dim);
+  const OwnedMatrix v = random_matrix(rng, N, s.num_kv_heads * s.head_dim);
+  OwnedMatrix actual = random_matrix(rng, T, s.num_heads * s.head_dim), expected = actual;
+  attention_reference(s, q.view(), k.view(), v.view(), expected.view());
+  attend(s, q.view(), k.view(), v.view(), actual.view(), parallel);
+  // |q k| <= d, so a score is off by d * d * eps, which is the relative error of its exp; the
+  // sums over N add N * eps each; the values are at most 1.
+  const double bound =
+      (2.0 * s.head_dim * s.head_dim + 2.0 * static_cast<double>(N) + 8.0) * kEpsilon;
+  for (std::size_t i = 0; i < actual.values.size(); ++i)
+    ASSERT_NEAR(actual.values[i], expected.values[i], bound) << "cell " << i;
+}
+
 TEST(Attention, MatchesItsDefinitionOnRandomShapes) {
   ThreadPool pool(3);
   for (unsigned seed = 0; seed < 100; ++seed) {
@@ -48,18 +84,25 @@ TEST(Attention, MatchesItsDefinitionOnRandomShapes) {
     const std::int64_t N = T + (seed % 2 == 0 ? pick(rng, 0, 40) : 0);
     SCOPED_TRACE(fmt::format("seed={} T={} N={} heads={}/{} d={} window={}", seed, T, N,
                              s.num_heads, s.num_kv_heads, s.head_dim, s.sliding_window));
-    const OwnedMatrix q = random_matrix(rng, T, s.num_heads * s.head_dim);
-    const OwnedMatrix k = random_matrix(rng, N, s.num_kv_heads * s.head_dim);
-    const OwnedMatrix v = random_matrix(rng, N, s.num_kv_heads * s.head_dim);
-    OwnedMatrix actual = random_matrix(rng, T, s.num_heads * s.head_dim), expected = actual;
-    attention_reference(s, q.view(), k.view(), v.view(), expected.view());
-    attention(s, q.view(), k.view(), v.view(), actual.view(), pool.parallel_for());
-    // |q k| <= d, so a score is off by d * d * eps, which is the relative error of its exp; the
-    // sums over N add N * eps each; the values are at most 1.
-    const double bound =
-        (2.0 * s.head_dim * s.head_dim + 2.0 * static_cast<double>(N) + 8.0) * kEpsilon;
-    for (std::size_t i = 0; i < actual.values.size(); ++i)
-      ASSERT_NEAR(actual.values[i], expected.values[i], bound) << "cell " << i;
+    expect_definition(s, T, N, rng, pool.parallel_for());
+  }
+}
+
+// Few queries before many keys: the keys are cut over the threads, and heads are wider than a tile.
+TEST(Attention, MatchesItsDefinitionOverALongCache) {
+  for (unsigned seed = 0; seed < 40; ++seed) {
+    std::mt19937 rng(seed);
+    ThreadPool pool(static_cast<int>(pick(rng, 1, 5)));
+    AttentionShape s;
+    s.num_kv_heads = pick(rng, 1, 3);
+    s.num_heads = s.num_kv_heads * pick(rng, 1, 9);
+    s.head_dim = seed % 4 == 0 ? 160 : 64;
+    s.sliding_window = seed % 3 == 0 ? pick(rng, 1, 400) : 0;
+    const std::int64_t T = seed % 2 == 0 ? 1 : pick(rng, 2, 20), N = T + pick(rng, 100, 700);
+    SCOPED_TRACE(fmt::format("seed={} T={} N={} heads={}/{} d={} window={} threads={}", seed, T, N,
+                             s.num_heads, s.num_kv_heads, s.head_dim, s.sliding_window,
+                             pool.threads()));
+    expect_definition(s, T, N, rng, pool.parallel_for());
   }
 }
 

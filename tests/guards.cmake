@@ -2,7 +2,7 @@
 # that each stops what it is meant to stop.
 set(guards ${CMAKE_CURRENT_SOURCE_DIR}/guards)
 function(cleave_add_guard name script)
-  add_test(NAME ${name} COMMAND sh ${guards}/${script} ${ARGN})
+  add_test(NAME ${name} COMMAND sh ${guards}/${script} ${ARGN} COMMAND_EXPAND_LISTS)
   set_tests_properties(${name} PROPERTIES LABELS quick TIMEOUT 300)
 endfunction()
 
@@ -18,7 +18,6 @@ if(NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")
       if(TARGET cleave_${isa})
         cleave_add_guard(isa_objects_hold_no_weak_symbol_${isa} no_weak_symbol.sh ${isa}
                          $<TARGET_OBJECTS:cleave_${isa}>)
-        set_property(TEST isa_objects_hold_no_weak_symbol_${isa} PROPERTY COMMAND_EXPAND_LISTS ON)
       endif()
     endforeach()
   endif()

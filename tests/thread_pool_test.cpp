@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <ctime>
 #include <numeric>
 #include <stdexcept>
 
@@ -48,6 +50,15 @@ TEST(ThreadPool, ManyShortCalls) {
     total += std::accumulate(std::begin(sums), std::end(sums), std::int64_t{0});
   }
   EXPECT_EQ(total, 5000 * 6 + 4 * (4999 * 5000 / 2));
+}
+
+// Whoever waits spins at first, but not for long.
+TEST(ThreadPool, AnIdlePoolTakesNoProcessorTime) {
+  ThreadPool pool(2);
+  pool.parallel_for()(2, 1, [](std::int64_t, std::int64_t) {});
+  const std::clock_t before = std::clock();  // of the process, all threads
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));
+  EXPECT_LT(static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC, 0.1);
 }
 
 TEST(ThreadPool, AnExceptionReachesTheCallerAndThePoolLives) {

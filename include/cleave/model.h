@@ -34,8 +34,12 @@ class KvCache {
   friend class Model;
   std::int64_t size_ = 0;
   std::int64_t capacity_ = 0;
-  std::vector<std::vector<float>> keys_;    ///< per layer: [capacity, num_kv_heads * head_dim]
-  std::vector<std::vector<float>> values_;  ///< the same
+  struct alignas(64) CacheLine {
+    float values[16];
+  };
+  std::int64_t layer_size_ = 0;    // floats per layer, laid out as attention reads them
+  std::vector<CacheLine> memory_;  // of all layers, one after the other
+  float* layer(std::int64_t l) { return memory_.data()->values + l * layer_size_; }
 };
 
 /// What a caller may watch while a model runs.

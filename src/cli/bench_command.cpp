@@ -42,11 +42,11 @@ void run_bench(const BenchOptions& options) {
   for (std::int32_t& id : prompt) id = static_cast<std::int32_t>(rng() % config.vocab_size);
   KvCache cache(config, options.prompt_tokens + options.generate_tokens);
   std::vector<float> hidden(prompt.size() * D), logits(config.vocab_size);
+  Sampler greedy({});
   const auto step = [&](std::int32_t id) {
     model.forward({&id, 1}, cache, {hidden.data(), 1, D});
     model.logits({hidden.data(), 1, D}, {logits.data(), 1, config.vocab_size});
-    return static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) -
-                                     logits.begin());
+    return greedy(logits);
   };
 
   std::vector<double> prompt_s, generate_s;

@@ -14,6 +14,7 @@ struct Isa {
   const char* name;
   const IsaKernels* kernels;
   const PanelKernels* panels;
+  const RowKernels* rows;
   bool supported;
 };
 
@@ -28,10 +29,12 @@ std::vector<Isa> all_isas() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  isas.push_back({"avx512", &avx512::kernels(), &avx512::panel_kernels(), avx512});
-  isas.push_back({"avx2", &avx2::kernels(), &avx2::panel_kernels(), avx2});
+  isas.push_back(
+      {"avx512", &avx512::kernels(), &avx512::panel_kernels(), &avx512::row_kernels(), avx512});
+  isas.push_back({"avx2", &avx2::kernels(), &avx2::panel_kernels(), &avx2::row_kernels(), avx2});
 #endif
-  isas.push_back({"scalar", &scalar::kernels(), &scalar::panel_kernels(), true});
+  isas.push_back(
+      {"scalar", &scalar::kernels(), &scalar::panel_kernels(), &scalar::row_kernels(), true});
   return isas;
 }
 
@@ -60,6 +63,7 @@ const char* isa_name() { return chosen_isa().name; }
 
 const IsaKernels& isa_kernels() { return *chosen_isa().kernels; }
 const PanelKernels& panel_kernels() { return *chosen_isa().panels; }
+const RowKernels& row_kernels() { return *chosen_isa().rows; }
 
 const IsaKernels* find_isa_kernels(const char* name) {
   for (const Isa& isa : all_isas())
@@ -70,6 +74,12 @@ const IsaKernels* find_isa_kernels(const char* name) {
 const PanelKernels* find_panel_kernels(const char* name) {
   for (const Isa& isa : all_isas())
     if (isa.supported && isa.name == std::string(name)) return isa.panels;
+  return nullptr;
+}
+
+const RowKernels* find_row_kernels(const char* name) {
+  for (const Isa& isa : all_isas())
+    if (isa.supported && isa.name == std::string(name)) return isa.rows;
   return nullptr;
 }
 

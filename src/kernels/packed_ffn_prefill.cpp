@@ -4,9 +4,10 @@
 //           values of all (token, expert) pairs of the pass go into shared memory
 //   down    a part takes a share of y's columns, for all tokens and experts
 // So a weight is unpacked once per pass, and y needs no sums beside it. Within a part, weights are
-// unpacked in blocks of some 128 steps, which stay in a first-level cache while all rows go by;
-// rows stay in a second-level cache while some panels go by. The next block of weights is fetched
-// from memory under the arithmetic of this one.
+// unpacked in blocks of two panels and some 500 steps, which stay in a second-level cache while all
+// rows go by (a first-level cache would hold 64 steps, but every product begins and ends with some
+// 150 cycles that are not multiplications). The next block of weights is fetched from memory under
+// the arithmetic of this one.
 
 #include <algorithm>
 
@@ -18,7 +19,7 @@
 namespace cleave {
 namespace {
 
-constexpr std::int64_t kBlockSteps = 160;   // at most; 20 kB of weights
+constexpr std::int64_t kBlockSteps = 512;   // at most; of two panels 128 kB of weights
 constexpr std::int64_t kPanelGroup = 4;     // panels that share rows in a second-level cache
 constexpr std::int64_t kRowGroup = 512;     // those rows, at most
 constexpr std::int64_t kPassTokens = 1024;  // at most, which bounds the memory
@@ -55,10 +56,9 @@ struct Shared {
 
 /// What one part alone writes.
 struct Scratch {
-  float* unpacked;  // [kBlockSteps, 32]
+  float* unpacked;  // [2, kBlockSteps, 32]
   float* products;  // [kPanelGroup, kRowGroup, 32]
   float* sums;      // [tokens, kAccStride] of y
-  float* padding;   // [32]
 };
 
 /// Most floats that the hidden values of a pass can take.
@@ -86,10 +86,9 @@ Shared carve_shared(Carver& from, const FfnCall& call, std::int64_t tokens) {
 
 Scratch carve_scratch(Carver& from, std::int64_t tokens) {
   Scratch s;
-  s.unpacked = from.take<float>(kBlockSteps * kPanelWidth);
+  s.unpacked = from.take<float>(2 * kBlockSteps * kPanelWidth);
   s.products = from.take<float>(kPanelGroup * kRowGroup * kPanelWidth);
   s.sums = from.take<float>(tokens * kAccStride);
-  s.padding = from.take<float>(kPanelWidth);
   return s;
 }
 
@@ -206,20 +205,23 @@ class PrefillPart {
     const std::int64_t D = x_.cols, blocks = (D + block_steps_ - 1) / block_steps_;
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t steps = std::min(block_steps_, D - b * block_steps_);
-      for (std::int64_t p = begin; p < end; ++p) {
-        unpack_(gate_up(p, b), steps, scales(p), s_.unpacked);
-        const bool same_block = p + 1 < end;
+      for (std::int64_t p = begin; p < end; p += 2) {
+        const std::int64_t panels = std::min<std::int64_t>(2, end - p);
+        for (std::int64_t i = 0; i < panels; ++i)
+          unpack_(gate_up(p + i, b), steps, scales(p + i), s_.unpacked + i * steps * kPanelWidth);
+        const bool same_block = p + panels < end;
         const bool same_group = same_block || b + 1 < blocks;
-        const std::int64_t next = same_block ? p + 1 : same_group ? begin : std::min(end, last - 1);
+        const std::int64_t next = same_block   ? p + panels
+                                  : same_group ? begin
+                                               : std::min(end, last - 1);
         Fetcher fetch(gate_up(next, same_block   ? b
                                     : same_group ? b + 1
                                                  : 0),
-                      panel_bytes(layout_.format, block_steps_), 1, 0);
-        for (std::int64_t r = 0; r < m; r += kBlockRows)
-          multiply(
-              steps, std::min<std::int64_t>(kBlockRows, m - r), b > 0, fetch,
-              [&](std::int64_t i) { return x_.row(token[r + i]) + b * block_steps_; },
-              [&](std::int64_t i) { return product(p - begin, r + i); });
+                      panel_bytes(layout_.format, block_steps_), panels, layout_.bytes());
+        multiply(
+            steps, panels, m, b > 0, kRowGroup * kPanelWidth, fetch,
+            [&](std::int64_t r) { return x_.row(token[r]) + b * block_steps_; },
+            [&](std::int64_t r) { return product(p - begin, r); });
       }
     }
     for (std::int64_t p = begin; p < end; ++p) activate(run, p, p - begin, first, m);
@@ -251,43 +253,43 @@ class PrefillPart {
       const std::int64_t next = std::min(p + chunk, run.panel_end - 1);
       Fetcher fetch(down_panel(next, d), n * layout_.down_panel_bytes,
                     std::min(chunk, run.panel_end - next), layout_.bytes());
-      for (std::int64_t i = 0; i < n; ++i) {
-        unpack_down(p, panels, d + i);
-        for (std::int64_t r = 0; r < run.rows; r += kBlockRows)
-          multiply(
-              steps, std::min<std::int64_t>(kBlockRows, run.rows - r), true, fetch,
-              [&](std::int64_t j) { return h + (r + j) * run.stride; },
-              [&](std::int64_t j) {
-                return s_.sums + token[r + j] * kAccStride + i * kPanelWidth;
-              });
+      for (std::int64_t i = 0; i < n; i += 2) {
+        const std::int64_t outputs = std::min<std::int64_t>(2, n - i);
+        for (std::int64_t j = 0; j < outputs; ++j)
+          unpack_down(p, panels, d + i + j, s_.unpacked + j * steps * kPanelWidth);
+        multiply(
+            steps, outputs, run.rows, true, kPanelWidth, fetch,
+            [&](std::int64_t r) { return h + r * run.stride; },
+            [&](std::int64_t r) { return s_.sums + token[r] * kAccStride + i * kPanelWidth; });
       }
     }
   }
 
-  void unpack_down(std::int64_t panel, std::int64_t panels, std::int64_t d) const {
-    for (std::int64_t p = panel; p < panel + panels; ++p)
+  void unpack_down(std::int64_t panel, std::int64_t panels, std::int64_t d, float* to) const {
+    for (std::int64_t p = panel; p < panel + panels; ++p, to += layout_.neurons * kPanelWidth)
       unpack_(
           down_panel(p, d), layout_.neurons,
           layout_.format == PanelFormat::kInt8 ? kUnitScales : scales(p) + layout_.scale_bytes / 4,
-          s_.unpacked + (p - panel) * layout_.neurons * kPanelWidth);
+          to);
   }
 
-  /// s_.unpacked times at most 8 rows, whose operands and results are where x_of and y_of say.
+  /// s_.unpacked, of one or two panels, times m rows whose operands and results are where x_of and
+  /// y_of say.
   template <typename XOf, typename YOf>
-  void multiply(std::int64_t steps, std::int64_t rows, bool add, Fetcher& fetch, const XOf& x_of,
-                const YOf& y_of) const {
+  void multiply(std::int64_t steps, std::int64_t panels, std::int64_t m, bool add,
+                std::int64_t panel_offset, Fetcher& fetch, const XOf& x_of, const YOf& y_of) const {
+    const auto* kernels = panels == 2 ? kernels_.multiply_pair : kernels_.multiply_block;
+    const std::int64_t most = panels == 2 ? kPairRows : kBlockRows;
     const float* x[kBlockRows];
     float* y[kBlockRows];
-    const int kernel = rows > 4 ? 1 : 0;
-    for (std::int64_t i = 0; i < rows; ++i) {
-      x[i] = x_of(i);
-      y[i] = y_of(i);
+    for (std::int64_t first = 0; first < m; first += most) {
+      const std::int64_t rows = std::min(most, m - first);
+      for (std::int64_t i = 0; i < rows; ++i) {
+        x[i] = x_of(first + i);
+        y[i] = y_of(first + i);
+      }
+      kernels[rows - 1]({s_.unpacked, steps, x, y, panel_offset, add, fetch.next(steps)});
     }
-    for (std::int64_t i = rows; i < 4 * (kernel + 1); ++i) {
-      x[i] = x[0];
-      y[i] = s_.padding;
-    }
-    kernels_.multiply_block[kernel]({s_.unpacked, steps, x, y, add, fetch.next(steps)});
   }
 
   const FfnCall& call_;
@@ -328,7 +330,6 @@ void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& p
           Carver room(memory + shared_size.used() +
                       part_size.used() * static_cast<std::size_t>(part));
           const Scratch scratch = carve_scratch(room, pass);
-          std::fill_n(scratch.padding, kPanelWidth, 0.0f);
           PrefillPart runner(call, shared, scratch, {shared.x, count, D, stride},
                              call.y.slice_rows(first, count));
           body(runner, part);

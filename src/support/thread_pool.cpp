@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 
 #include "cleave/error.h"
 
@@ -23,19 +24,31 @@ void pause() {
 #endif
 }
 
-// Some 20 to 50 microseconds of spinning, the length of the serial stretches between two parallel
-// ones, then a futex. Longer spinning takes the core from others on a shared machine.
+// What a waiting thread spins before it sleeps: longer than the serial stretches of a forward pass
+// and of drawing a token from the logits. To be woken from a futex takes tens of microseconds, more
+// on a virtual machine; longer spinning would take the core from others for nothing.
+constexpr std::chrono::microseconds kSpinTime(100);
+
+/// Waits until `ready` says so of `value`. Where there are more threads than cores, whoever spins
+/// may keep the one from running that it waits for.
 template <typename Ready>
-void wait_for_change(const std::atomic<std::uint32_t>& value, const Ready& ready) {
-  constexpr int kSpins = 1000;
-  for (int i = 0; i < kSpins; ++i) {
-    if (ready(value.load(std::memory_order_acquire))) return;
-    pause();
+void wait_for_change(const std::atomic<std::uint32_t>& value, bool spin, const Ready& ready) {
+  constexpr int kPausesPerLook = 16;  // at the clock, which is slower than at the value
+  if (spin) {
+    const auto end = std::chrono::steady_clock::now() + kSpinTime;
+    do {
+      for (int i = 0; i < kPausesPerLook; ++i) {
+        if (ready(value.load(std::memory_order_acquire))) return;
+        pause();
+      }
+    } while (std::chrono::steady_clock::now() < end);
   }
   for (std::uint32_t seen = value.load(std::memory_order_acquire); !ready(seen);
        seen = value.load(std::memory_order_acquire))
     value.wait(seen, std::memory_order_acquire);
 }
+
+int cores() { return static_cast<int>(std::thread::hardware_concurrency()); }
 
 int checked_threads(int threads) {
   if (threads < 0 || threads > ThreadPool::kMaxThreads)
@@ -44,14 +57,14 @@ int checked_threads(int threads) {
                     "the machine has cores",
                     threads, ThreadPool::kMaxThreads));
   if (threads > 0) return threads;
-  const auto cores = static_cast<int>(std::thread::hardware_concurrency());
-  return std::clamp(cores, 1, ThreadPool::kMaxThreads);
+  return std::clamp(cores(), 1, ThreadPool::kMaxThreads);
 }
 
 }  // namespace
 
 ThreadPool::ThreadPool(int threads) {
   const int count = checked_threads(threads);
+  spin_ = count <= cores();
   errors_.resize(count);
   workers_.reserve(count - 1);
   for (int i = 1; i < count; ++i) workers_.emplace_back([this, i] { work(i); });
@@ -79,7 +92,7 @@ void ThreadPool::distribute(const Job& job) {
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
   run_range(0);
-  wait_for_change(running_, [](std::uint32_t left) { return left == 0; });
+  wait_for_change(running_, spin_, [](std::uint32_t left) { return left == 0; });
   std::exception_ptr first;
   for (std::exception_ptr& error : errors_) {
     if (error != nullptr && first == nullptr) first = error;
@@ -104,7 +117,7 @@ void ThreadPool::run_range(std::int64_t index) {
 
 void ThreadPool::work(std::int64_t index) {
   for (std::uint32_t done = 0;; ++done) {
-    wait_for_change(round_, [&](std::uint32_t round) { return round != done; });
+    wait_for_change(round_, spin_, [&](std::uint32_t round) { return round != done; });
     if (stop_.load(std::memory_order_relaxed)) return;
     run_range(index);
     if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();

@@ -48,12 +48,14 @@ class ThreadPool {
   void work(std::int64_t index);
 
   std::mutex one_call_;
-  Job job_;
   std::vector<std::exception_ptr> errors_;  // [threads]
-  std::atomic<std::uint32_t> round_{0};     // changes when a job is there
-  std::atomic<std::uint32_t> running_{0};   // workers that have not finished the round
+  bool spin_ = true;                        // there is a core for every thread
   std::atomic<bool> stop_{false};
-  std::vector<std::thread> workers_;
+  // What the workers wait for and what the caller waits for, on cache lines of their own.
+  alignas(64) std::atomic<std::uint32_t> round_{0};    // changes when a job is there
+  Job job_;                                            // beside it: both are read at once
+  alignas(64) std::atomic<std::uint32_t> running_{0};  // workers that have not finished the round
+  alignas(64) std::vector<std::thread> workers_;
 };
 
 }  // namespace cleave

@@ -198,6 +198,46 @@ TEST(PanelKernels, EveryInstructionSetMultipliesTiles) {
   }
 }
 
+TEST(PanelKernels, EveryInstructionSetMultipliesBlocks) {
+  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+    const PanelKernels* kernels = find_panel_kernels(isa);
+    if (kernels == nullptr) continue;
+    for (const std::int64_t panels : {1, 2})
+      for (std::int64_t rows = 1; rows <= (panels == 2 ? kPairRows : kBlockRows); ++rows)
+        for (const std::int64_t steps : {1, 2, 16, 127, 512}) {
+          std::mt19937 rng(static_cast<unsigned>(panels * 10000 + rows * 1000 + steps));
+          const OwnedMatrix w = random_matrix(rng, panels * steps, kPanelWidth);
+          const OwnedMatrix x = random_matrix(rng, rows, steps);
+          // A row more than asked for: it must stay as it is.
+          const OwnedMatrix start = random_matrix(rng, rows + 1, panels * kPanelWidth);
+          for (const bool add : {false, true}) {
+            OwnedMatrix y = start;
+            const float* in[kBlockRows];
+            float* out[kBlockRows];
+            for (std::int64_t r = 0; r < rows; ++r) {
+              in[r] = x.view().row(r);
+              out[r] = y.view().row(r);
+            }
+            const auto* blocks = panels == 2 ? kernels->multiply_pair : kernels->multiply_block;
+            blocks[rows - 1]({w.values.data(), steps, in, out, kPanelWidth, add, nullptr});
+            for (std::int64_t r = 0; r <= rows; ++r)
+              for (std::int64_t i = 0; i < panels * kPanelWidth; ++i) {
+                double sum = add || r == rows ? start.view()(r, i) : 0.0, size = std::abs(sum);
+                for (std::int64_t s = 0; r < rows && s < steps; ++s) {
+                  const double term = static_cast<double>(x.view()(r, s)) *
+                                      w.view()(i / kPanelWidth * steps + s, i % kPanelWidth);
+                  sum += term;
+                  size += std::abs(term);
+                }
+                ASSERT_NEAR(y.view()(r, i), sum, sum_bound(steps + 2) * size)
+                    << isa << " panels " << panels << " rows " << rows << " steps " << steps
+                    << " row " << r << " lane " << i;
+              }
+          }
+        }
+  }
+}
+
 // Every instruction set that this machine has, against plain loops; all formats, all row counts.
 TEST(PanelKernels, EveryInstructionSetMultipliesAlike) {
   for (const char* isa : {"scalar", "avx2", "avx512"}) {

@@ -371,25 +371,41 @@ void multiply_tile(const TileProduct& product) {
       tile_rows<kRows % 3 == 0 ? 3 : 2>(product, r);
 }
 
-template <int kRows>
-CLEAVE_INLINE void block_rows(const BlockProduct& product, int first_row) {
-  const float* w = product.panel;
+/// sum += a * b. In so many words, because the compiler, free to choose between three forms of the
+/// instruction, otherwise moves sums from register to register and into memory.
+CLEAVE_INLINE void multiply_add(Floats& sum, const Floats& a, const Floats& b) {
+#if defined(__AVX512F__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+#else
+  sum += a * b;
+#endif
+}
+
+/// Vectors [first_vector, first_vector + kVectors) of the 32 or 64 lanes, rows [first_row,
+/// first_row + kRows).
+template <int kRows, int kVectors>
+CLEAVE_INLINE void block_part(const BlockProduct& product, int first_row, int first_vector) {
+  // Vectors 0, 1 are of the first panel, 2, 3 of the second.
+  const float* w[kVectors];
+  for (int v = 0; v < kVectors; ++v)
+    w[v] = product.panel + (first_vector + v) / 2 * product.steps * kPanelWidth +
+           (first_vector + v) % 2 * 16;
   const float* x[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) x[r] = product.x[first_row + r];
-  float* const* y = product.y + first_row;
   const char* prefetch =
-      product.prefetch != nullptr ? product.prefetch : reinterpret_cast<const char*>(w);
+      product.prefetch != nullptr ? product.prefetch : reinterpret_cast<const char*>(product.panel);
   const std::int64_t prefetch_stride = product.prefetch != nullptr ? 64 : 0;
-  Floats sum[kRows][2] = {};
+  Floats sum[kRows][kVectors] = {};
   const auto step = [&](std::int64_t s) __attribute__((always_inline)) {
-    const Floats w0 = load<Floats>(w + s * kPanelWidth);
-    const Floats w1 = load<Floats>(w + s * kPanelWidth + 16);
+    Floats weights[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) weights[v] = load<Floats>(w[v] + s * kPanelWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Floats value = splat(x[r][s]);
-      sum[r][0] += value * w0;
-      sum[r][1] += value * w1;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) multiply_add(sum[r][v], value, weights[v]);
     }
   };
   // One line at a time: a burst would wait for the few that a core can have on their way.
@@ -403,17 +419,27 @@ CLEAVE_INLINE void block_rows(const BlockProduct& product, int first_row) {
   if (s < product.steps) step(s);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
-    for (int half = 0; half < 2; ++half) {
-      float* to = y[r] + 16 * half;
-      if (product.add) sum[r][half] += load<Floats>(to);
-      store(sum[r][half], to);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = product.y[first_row + r] + (first_vector + v) / 2 * product.panel_offset +
+                  (first_vector + v) % 2 * 16;
+      if (product.add) sum[r][v] += load<Floats>(to);
+      store(sum[r][v], to);
     }
 }
 
-template <int kRows>
+template <int kRows, int kPanels>
 void multiply_block(const BlockProduct& product) {
-  constexpr int kPart = kRegisterRows >= kRows ? kRows : 2;
-  for (int r = 0; r < kRows; r += kPart) block_rows<kPart>(product, r);
+#if defined(__AVX512F__)
+  block_part<kRows, 2 * kPanels>(product, 0, 0);
+#else
+  // Registers for one vector of 16 floats and six rows.
+  constexpr int kPart = kRows > 6 ? 4 : kRows;
+  for (int v = 0; v < 2 * kPanels; ++v) {
+    block_part<kPart, 1>(product, 0, v);
+    if constexpr (kRows > kPart) block_part<kRows - kPart, 1>(product, kPart, v);
+  }
+#endif
 }
 
 template <typename Format>
@@ -434,6 +460,7 @@ void unpack(const void* panel_in, std::int64_t steps, const float* scales, float
       for (int half = 0; half < 2; ++half) scale[half] = load<Floats>(scales + 16 * half);
     }
     for (std::int64_t group = begin; group < end; group += Format::kGroup) {
+      __builtin_prefetch(panel + 1024, 0, 3);
 #pragma GCC unroll 8
       for (std::int64_t s = 0; s < Format::kGroup; ++s) {
         if (group + s >= end) break;
@@ -528,7 +555,10 @@ constexpr PanelKernels kPanels = {
         {multiply<Int4, 1>, multiply<Int4, 2>, multiply<Int4, 4>, nullptr},
     },
     {multiply_tile<4>, multiply_tile<8>, multiply_tile<12>},
-    {multiply_block<4>, multiply_block<8>},
+    {multiply_block<1, 1>, multiply_block<2, 1>, multiply_block<3, 1>, multiply_block<4, 1>,
+     multiply_block<5, 1>, multiply_block<6, 1>, multiply_block<7, 1>, multiply_block<8, 1>},
+    {multiply_block<1, 2>, multiply_block<2, 2>, multiply_block<3, 2>, multiply_block<4, 2>,
+     multiply_block<5, 2>, multiply_block<6, 2>},
     {unpack<F32>, unpack<BF16>, unpack<F16>, unpack<Int8>, unpack<Int4>},
     activate,
 };

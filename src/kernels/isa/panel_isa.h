@@ -60,24 +60,29 @@ struct TileProduct {
   const char* prefetch;  ///< what to fetch from memory meanwhile: 32 bytes per step; or nullptr
 };
 
-/// y[r][lane] (+)= sum over s < steps of x[r][s] * panel[s][lane]: rows wherever they lie.
+/// y[r][i * panel_offset + lane] (+)= sum over s < steps of x[r][s] * panel[i][s][lane], for one
+/// panel or two: rows wherever they lie.
 struct BlockProduct {
-  const float* panel;  ///< [steps, 32]; with x it should fit a first-level cache
+  const float* panel;  ///< [1 or 2, steps, 32]; should fit a second-level cache
   std::int64_t steps;
-  const float* const* x;  ///< a pointer per row, to `steps` floats
-  float* const* y;        ///< a pointer per row, to 32 floats
+  const float* const* x;      ///< a pointer per row, to `steps` floats
+  float* const* y;            ///< a pointer per row, to 32 floats per panel
+  std::int64_t panel_offset;  ///< in y, floats
   bool add;
   const char* prefetch;  ///< what to fetch from memory meanwhile: 32 bytes per step; or nullptr
 };
-inline constexpr int kBlockRows = 8;
+/// Rows that one call takes at most. Two panels share each value of x, which leaves registers
+/// for 6.
+inline constexpr int kBlockRows = 8, kPairRows = 6;
 
 struct PanelKernels {
   /// Indexed by format and row count; nullptr where the format is to be unpacked first.
   void (*multiply[kNumPanelFormats][kNumPanelRows])(const PanelProduct& product);
   /// Indexed by (rows + 3) / 4 - 1: for tiles of at most 4, 8 and 12 rows; writes that many.
   void (*multiply_tile[kTileRows / 4])(const TileProduct& product);
-  /// For 4 and for 8 rows.
-  void (*multiply_block[2])(const BlockProduct& product);
+  /// Indexed by rows - 1.
+  void (*multiply_block[kBlockRows])(const BlockProduct& product);
+  void (*multiply_pair[kPairRows])(const BlockProduct& product);  ///< of two panels
   /// out [steps, 32] = the panel's weights.
   void (*unpack[kNumPanelFormats])(const void* panel, std::int64_t steps, const float* scales,
                                    float* out);

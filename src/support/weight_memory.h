@@ -1,0 +1,15 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace cleave {
+
+/// Memory for packed weights, uninitialised, aligned to 64 bytes. Blocks of some size lie one after
+/// the other in huge pages, in the order in which they are asked for: a decoder's weights are one
+/// stream, and a matrix needs no huge page of its own. A stretch of memory is given back when the
+/// last block in it is. Safe to call from several threads.
+std::shared_ptr<std::byte[]> allocate_weights(std::int64_t bytes);
+
+}  // namespace cleave

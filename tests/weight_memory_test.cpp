@@ -1,0 +1,46 @@
+#include "support/weight_memory.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace cleave {
+namespace {
+
+TEST(WeightMemory, BlocksAreApartAndOutliveEachOther) {
+  struct Block {
+    std::shared_ptr<std::byte[]> memory;
+    std::size_t size;
+    int value;
+  };
+  std::vector<Block> blocks;
+  const auto expect_own_bytes = [&] {
+    for (const Block& block : blocks)
+      ASSERT_TRUE(
+          std::all_of(block.memory.get(), block.memory.get() + block.size,
+                      [&](std::byte b) { return b == static_cast<std::byte>(block.value); }))
+          << block.value;
+  };
+  // Below, within and beyond a shared stretch of 32 MB; more than one stretch in all.
+  for (const std::size_t size :
+       {1, 100 << 10, 7 << 20, 13 << 20, 65, 17 << 20, 15 << 20, 3 << 20}) {
+    const int value = static_cast<int>(blocks.size()) + 1;
+    blocks.push_back({allocate_weights(static_cast<std::int64_t>(size)), size, value});
+    ASSERT_EQ(reinterpret_cast<std::uintptr_t>(blocks.back().memory.get()) % 64, 0u);
+    std::memset(blocks.back().memory.get(), value, size);
+  }
+  expect_own_bytes();
+  blocks.erase(blocks.begin() + 1, blocks.begin() + 4);
+  expect_own_bytes();
+  EXPECT_NE(allocate_weights(0), nullptr);
+}
+
+TEST(WeightMemory, NeighboursShareAStretch) {
+  const auto first = allocate_weights(128 << 10), second = allocate_weights(128 << 10);
+  EXPECT_EQ(first.get() + (128 << 10), second.get());
+}
+
+}  // namespace
+}  // namespace cleave
