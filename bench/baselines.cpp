@@ -177,4 +177,10 @@ std::unique_ptr<DenseBaseline> openblas_baseline([[maybe_unused]] const Baseline
 #endif
 }
 
+#ifndef CLEAVE_HAVE_TORCH  // else torch_experts.cpp
+std::unique_ptr<SparseBaseline> torch_baseline(const BaselineShape&, std::int64_t, bool) {
+  return nullptr;
+}
+#endif
+
 }  // namespace cleave::bench

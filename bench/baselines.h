@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
-// Other libraries' dense gated FFN, for the same shapes: y = down(silu(gate x) * up x). Weights are
+#include "cleave/routing.h"
+
+// Other libraries' gated FFN, for the same shapes: y = down(silu(gate x) * up x). Weights are
 // prepacked where the library can. Products and the activation between them, as an engine would.
 namespace cleave::bench {
 
@@ -25,5 +27,18 @@ struct BaselineShape {
 /// nullptr where the library was not there at build time. `bf16`: weights and inputs.
 std::unique_ptr<DenseBaseline> onednn_baseline(const BaselineShape& shape, bool bf16);
 std::unique_ptr<DenseBaseline> openblas_baseline(const BaselineShape& shape);
+
+/// The experts as a framework runs them without kernels of its own.
+class SparseBaseline {
+ public:
+  virtual ~SparseBaseline() = default;
+  virtual std::string name() const = 0;
+  /// x [T, D] -> y [T, D], each token through its experts of `layer`.
+  virtual void run(std::int64_t layer, const Routing& routing, const float* x, float* y) = 0;
+};
+/// LibTorch's eager operators: for each expert index_select of its tokens, three products,
+/// index_add_ of the result. `experts` of equal width. nullptr in a build without LibTorch.
+std::unique_ptr<SparseBaseline> torch_baseline(const BaselineShape& shape, std::int64_t experts,
+                                               bool bf16);
 
 }  // namespace cleave::bench

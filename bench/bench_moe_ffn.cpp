@@ -10,6 +10,8 @@
 #include <map>
 #include <nlohmann/json.hpp>
 
+#include "atomic_file.h"
+#include "baselines.h"
 #include "ffn_setup.h"
 #include "suite.h"
 #include "support/thread_pool.h"
@@ -25,10 +27,11 @@ struct Options {
   FfnShape ffn;
   std::string dtype = "bf16";
   std::vector<std::int64_t> tokens = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024};
+  std::vector<std::string> baselines;
   int threads = 2;
   int repeats = 15;
-  bool json = false, suite = false;
-  std::string only;
+  bool suite = false;
+  std::string json, only;
 };
 
 const std::map<std::string, std::pair<std::int64_t, std::int64_t>> kShapes = {
@@ -37,73 +40,146 @@ const std::map<std::string, std::pair<std::int64_t, std::int64_t>> kShapes = {
     {"llama2-7b", {4096, 11008}},
     {"llama3-8b", {4096, 14336}}};
 
-void compare(const Options& o) {
-  ThreadPool pool(o.threads);
+FfnShape shape_of(const Options& o) {
   FfnShape shape = o.ffn;
   std::tie(shape.d_model, shape.hidden) = kShapes.at(o.shape);
   if (o.d_model > 0) shape.d_model = o.d_model;
   if (o.hidden > 0) shape.hidden = o.hidden;
   shape.type = *parse_weight_type(o.dtype);
-  FfnShape dense_shape = shape;
-  dense_shape.experts = dense_shape.active = 1;
-  dense_shape.shared = 0;
   // Eight times a large cache in all, so that the weights of every call come from memory.
-  constexpr std::int64_t kBytes = 320 << 20;
-  const std::int64_t layer_bytes = 3 * shape.d_model * shape.hidden;
-  shape.layers = dense_shape.layers = std::clamp<std::int64_t>(kBytes / layer_bytes, 1, 64);
-  const FfnSetup sparse(shape, pool.parallel_for()), dense(dense_shape, pool.parallel_for());
+  constexpr std::int64_t kWeights = 320 << 20;
+  shape.layers = std::clamp<std::int64_t>(kWeights / (3 * shape.d_model * shape.hidden), 1, 64);
+  return shape;
+}
 
-  const double ideal = static_cast<double>(shape.experts) / static_cast<double>(shape.active);
-  nlohmann::ordered_json json{{"d_model", shape.d_model},
-                              {"hidden", shape.hidden},
-                              {"experts", shape.experts},
-                              {"active", shape.active},
-                              {"dtype", o.dtype},
-                              {"threads", o.threads},
-                              {"instruction_set", isa_name()},
-                              {"repeats", o.repeats},
-                              {"ideal", ideal},
-                              {"rows", nlohmann::ordered_json::array()}};
-  if (!o.json)
+FfnShape dense_of(FfnShape shape) {
+  shape.experts = shape.active = 1;
+  shape.shared = 0;
+  return shape;
+}
+
+/// Dense and sparse, ours and (where asked for) other libraries', over token counts.
+class Comparison {
+ public:
+  explicit Comparison(const Options& o)
+      : o_(o),
+        pool_(o.threads),
+        shape_(shape_of(o)),
+        sparse_(shape_, pool_.parallel_for()),
+        dense_(dense_of(shape_), pool_.parallel_for()) {
+    for (const std::string& name : o.baselines) add_baseline(name);
+    ideal_ = static_cast<double>(shape_.experts) / static_cast<double>(shape_.active);
+  }
+
+  void run() {
     fmt::print(
         "D {} H {}, {} of {} experts, {}, {} threads, {}, median of {}\n"
-        "tokens   dense ms  sparse ms  speed-up  of ideal\n",
-        shape.d_model, shape.hidden, shape.active, shape.experts, o.dtype, o.threads, isa_name(),
-        o.repeats);
-  for (const std::int64_t T : o.tokens) {
-    const auto x = random_values(T * shape.d_model, 4);
+        "tokens   dense ms  sparse ms  speed-up  of ideal",
+        shape_.d_model, shape_.hidden, shape_.active, shape_.experts, o_.dtype, o_.threads,
+        isa_name(), o_.repeats);
+    for (const auto& b : dense_others_) fmt::print("  {:>20}", b->name() + " dense ms");
+    for (const auto& b : sparse_others_) fmt::print("  {:>20}", b->name() + " sparse ms");
+    fmt::print("\n");
+    for (const std::int64_t T : o_.tokens) run_row(T);
+    if (!o_.json.empty()) write_file_atomically(o_.json, to_json().dump(2) + "\n");
+  }
+
+ private:
+  using Task = std::function<void(std::int64_t)>;
+
+  void add_baseline(const std::string& name) {
+    const BaselineShape s{shape_.d_model, shape_.hidden, shape_.layers, o_.threads};
+    const auto add = [&](auto baseline, auto& to) {
+      if (baseline == nullptr)
+        throw std::runtime_error("this build has no " + name + "; see bench/CMakeLists.txt");
+      to.push_back(std::move(baseline));
+    };
+    const bool bf16 = name.ends_with("bf16");
+    if (name.starts_with("onednn")) add(onednn_baseline(s, bf16), dense_others_);
+    if (name.starts_with("openblas")) add(openblas_baseline(s), dense_others_);
+    if (name.starts_with("libtorch")) add(torch_baseline(s, shape_.experts, bf16), sparse_others_);
+  }
+
+  void run_row(std::int64_t T) {
+    const auto x = random_values(T * shape_.d_model, 4);
     std::vector<float> y(x.size());
     Workspace workspace;
+    const Routing routing = random_routing(shape_, T, 5);
     const auto task = [&](const FfnSetup& setup) {
-      return [&, routing = random_routing(setup.shape(), T, 5)](std::int64_t round) {
-        moe_ffn(setup.layer(round), routing, 1.0f, {x.data(), T, shape.d_model},
-                {y.data(), T, shape.d_model}, workspace, pool.parallel_for());
+      return [&, used = random_routing(setup.shape(), T, 5)](std::int64_t round) {
+        moe_ffn(setup.layer(round), used, 1.0f, {x.data(), T, shape_.d_model},
+                {y.data(), T, shape_.d_model}, workspace, pool_.parallel_for());
       };
     };
-    const auto times = time_in_turn({task(dense), task(sparse)}, o.repeats);
+    std::vector<Task> tasks{task(dense_), task(sparse_)};
+    for (const auto& b : dense_others_)
+      tasks.push_back([&](std::int64_t r) { b->run(r % shape_.layers, T, x.data(), y.data()); });
+    for (const auto& b : sparse_others_)
+      tasks.push_back(
+          [&](std::int64_t r) { b->run(r % shape_.layers, routing, x.data(), y.data()); });
+    const auto times = time_in_turn(tasks, o_.repeats);
+    std::vector<double> ratios;
+    for (std::size_t i = 0; i < times[0].rounds_s.size(); ++i)
+      ratios.push_back(times[0].rounds_s[i] / times[1].rounds_s[i]);
+    const Timing spread = summary(std::move(ratios));
     const double ratio = paired_ratio(times[0], times[1]);
-    json["rows"].push_back({{"tokens", T},
-                            {"dense_s", times[0].median_s},
-                            {"sparse_s", times[1].median_s},
-                            {"sparse_quartiles_s", {times[1].low_s, times[1].high_s}},
-                            {"speedup", ratio}});
-    if (!o.json)
-      fmt::print("{:6}  {:9.3f}  {:9.3f}  {:7.2f}x  {:7.2f}\n", T, 1e3 * times[0].median_s,
-                 1e3 * times[1].median_s, ratio, ratio / ideal);
+    nlohmann::ordered_json row{{"tokens", T},
+                               {"dense_s", times[0].median_s},
+                               {"dense_quartiles_s", {times[0].low_s, times[0].high_s}},
+                               {"sparse_s", times[1].median_s},
+                               {"sparse_quartiles_s", {times[1].low_s, times[1].high_s}},
+                               {"speedup", ratio},
+                               {"speedup_quartiles", {spread.low_s, spread.high_s}},
+                               {"touched", touched(shape_, routing)},
+                               {"others", nlohmann::ordered_json::object()}};
+    fmt::print("{:6}  {:9.3f}  {:9.3f}  {:7.2f}x  {:7.2f}", T, 1e3 * times[0].median_s,
+               1e3 * times[1].median_s, ratio, ratio / ideal_);
+    for (std::size_t i = 2; i < times.size(); ++i) {
+      const std::size_t d = i - 2;
+      const std::string name = d < dense_others_.size()
+                                   ? dense_others_[d]->name() + " dense"
+                                   : sparse_others_[d - dense_others_.size()]->name() + " sparse";
+      row["others"][name] = {{"median_s", times[i].median_s},
+                             {"quartiles_s", {times[i].low_s, times[i].high_s}}};
+      fmt::print("  {:20.3f}", 1e3 * times[i].median_s);
+    }
+    fmt::print("\n");
     std::fflush(stdout);
+    rows_.push_back(std::move(row));
   }
-  if (o.json) fmt::print("{}\n", json.dump(2));
-}
+
+  nlohmann::ordered_json to_json() const {
+    return {{"d_model", shape_.d_model},
+            {"hidden", shape_.hidden},
+            {"experts", shape_.experts},
+            {"active", shape_.active},
+            {"dtype", o_.dtype},
+            {"threads", o_.threads},
+            {"instruction_set", isa_name()},
+            {"repeats", o_.repeats},
+            {"ideal", ideal_},
+            {"rows", rows_}};
+  }
+
+  const Options& o_;
+  ThreadPool pool_;
+  FfnShape shape_;
+  FfnSetup sparse_, dense_;
+  std::vector<std::unique_ptr<DenseBaseline>> dense_others_;
+  std::vector<std::unique_ptr<SparseBaseline>> sparse_others_;
+  double ideal_ = 1.0;
+  nlohmann::ordered_json rows_ = nlohmann::ordered_json::array();
+};
 
 }  // namespace
 
 int main(int argc, char** argv) {
   Options o;
   CLI::App app{"MoE FFN against the dense FFN it was cut from"};
+  using Names = std::vector<std::string>;
   app.add_option("--shape", o.shape, "Shape of a real model")
       ->capture_default_str()
-      ->check(CLI::IsMember(
-          std::vector<std::string>{"smollm2", "tinyllama", "llama2-7b", "llama3-8b"}));
+      ->check(CLI::IsMember(Names{"smollm2", "tinyllama", "llama2-7b", "llama3-8b"}));
   app.add_option("--d-model", o.d_model, "D, instead of the shape's");
   app.add_option("--hidden", o.hidden, "H, instead of the shape's");
   app.add_option("--experts", o.ffn.experts, "E")->capture_default_str();
@@ -111,19 +187,23 @@ int main(int argc, char** argv) {
   app.add_option("--shared", o.ffn.shared, "Of the active ones, always on")->capture_default_str();
   app.add_option("--dtype", o.dtype, "Weights")
       ->capture_default_str()
-      ->check(CLI::IsMember(std::vector<std::string>{"f32", "bf16", "f16", "int8", "int4"}));
+      ->check(CLI::IsMember(Names{"f32", "bf16", "f16", "int8", "int4"}));
   app.add_option("--tokens", o.tokens, "Token counts, T")->delimiter(',')->capture_default_str();
   app.add_option("--threads", o.threads, "Threads")->capture_default_str();
   app.add_option("--repeats", o.repeats, "Runs per row")->capture_default_str();
+  app.add_option("--baselines", o.baselines, "Other libraries beside ours, dense or with experts")
+      ->delimiter(',')
+      ->check(CLI::IsMember(
+          Names{"onednn-f32", "onednn-bf16", "openblas-f32", "libtorch-f32", "libtorch-bf16"}));
   app.add_flag("--suite", o.suite, "The table of goals instead (docs/benchmarks.md)");
   app.add_option("--only", o.only, "With --suite: rows whose name begins so, such as C1");
-  app.add_flag("--json", o.json, "One JSON object instead of the table");
+  app.add_option("--json", o.json, "Write the result to this file, too (for bench/plot.py)");
   CLI11_PARSE(app, argc, argv);
   try {
     if (o.suite)
-      run_suite(o.threads, o.only.c_str(), o.json);
+      run_suite(o.threads, o.only, o.json);
     else
-      compare(o);
+      Comparison(o).run();
   } catch (const std::exception& error) {
     fmt::print(stderr, "bench_moe_ffn: {}\n", error.what());
     return 1;

@@ -1,5 +1,7 @@
 #include "ffn_setup.h"
 
+#include <time.h>
+
 #include <algorithm>
 #include <numeric>
 #include <random>
@@ -62,6 +64,29 @@ double touched(const FfnShape& shape, const Routing& routing) {
          static_cast<double>(shape.experts);
 }
 
+Timing summary(std::vector<double> seconds) {
+  const std::vector<double> in_order = seconds;
+  std::sort(seconds.begin(), seconds.end());
+  const auto at = [&](double share) {
+    return seconds[static_cast<std::size_t>(share * static_cast<double>(seconds.size() - 1) + 0.5)];
+  };
+  return {at(0.5), at(0.25), at(0.75), in_order};
+}
+
+void wait_for_quiet() {
+  const auto cpu_seconds = [] {
+    timespec t{};
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+  };
+  constexpr int kMostWaits = 100;
+  for (int i = 0; i < kMostWaits; ++i) {
+    const double before = cpu_seconds();
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    if (cpu_seconds() - before < 2e-4) return;
+  }
+}
+
 double median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   return values[values.size() / 2];
@@ -80,8 +105,7 @@ std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64
   std::vector<double> last(tasks.size(), 0.0);
   for (int round = -1; round < rounds; ++round)
     for (std::size_t i = 0; i < tasks.size(); ++i) {
-      // Another library's threads may spin for a while after its call; ours must wake up again.
-      std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      wait_for_quiet();
       if (last[i] < 0.02) tasks[i](round + 1 + rounds / 2);
       const auto begin = std::chrono::steady_clock::now();
       tasks[i](round + 1);
@@ -91,14 +115,7 @@ std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64
       if (round >= 0) seconds[i].push_back(s);
     }
   std::vector<Timing> result;
-  for (const auto& in_order : seconds) {
-    std::vector<double> s = in_order;
-    std::sort(s.begin(), s.end());
-    const auto at = [&](double share) {
-      return s[static_cast<std::size_t>(share * static_cast<double>(s.size() - 1) + 0.5)];
-    };
-    result.push_back({at(0.5), at(0.25), at(0.75), in_order});
-  }
+  for (auto& s : seconds) result.push_back(summary(std::move(s)));
   return result;
 }
 

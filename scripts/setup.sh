@@ -62,6 +62,15 @@ sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then
   fail "no Python from 3.10 to 3.14 with the venv module; install python3-venv"
 }
 
+# A Python with pip: .venv's, the active one, or one of an environment made in the given folder.
+python_with_pip() {  # SCRATCH
+  local python
+  for python in "$cleave_root/.venv/bin/python" python3; do
+    if "$python" -m pip --version >/dev/null 2>&1; then echo "$python"; return; fi
+  done
+  "$(find_python)" -m venv "$1/venv" && echo "$1/venv/bin/python"
+}
+
 # Folder of TorchConfig.cmake below one of the given prefixes.
 torch_below() {
   local prefix

@@ -2,7 +2,7 @@
 # Installs what is missing (scripts/setup.sh), builds, and runs the tests through ctest.
 #
 #   scripts/test.sh          the quick tests, on the bundled model (labels quick and guards)
-#   scripts/test.sh --all    all tests: fetches SmolLM2, and Transformers into .venv-oracle
+#   scripts/test.sh --all    all tests: fetches SmolLM2, and Transformers and llama.cpp into .venv-oracle
 #
 # CLEAVE_TRAIN=OFF builds and tests the core alone, without LibTorch.
 set -euo pipefail
@@ -37,6 +37,7 @@ selection=(--label-exclude 'large|slow|oracle')
 if [ "$all" = yes ]; then
   "$cleave_root/scripts/fetch_models.sh"
   prepare_oracles
+  "$cleave_root/scripts/fetch_llama_cpp.sh"
   selection=()
 fi
 build

@@ -1,23 +1,34 @@
 #!/usr/bin/env bash
-# One oracle check as a test: check.sh CLEAVE WORK_FOLDER CASE. Exit code 77 (skipped) where Transformers
-# or the model is missing; scripts/test.sh --all installs the one and fetches the other.
+# One oracle check as a test: check.sh CLEAVE WORK_FOLDER CASE. Exit code 77 (skipped) where Transformers,
+# llama.cpp or the model is missing; scripts/test.sh --all brings all three.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 cleave="$1" work="$2/$3" case="$3"
 
+llama="$(dirname "$cleave")/llama_cpp_custom_op"
 python=""
-for candidate in "$root/.venv-oracle/bin/python" "$root/.venv/bin/python" python3; do
-  if "$candidate" -c 'import transformers, gguf' 2>/dev/null; then python="$candidate"; break; fi
-done
-[ -n "$python" ] || { echo "skipped: no Python with transformers and gguf (scripts/test.sh --all)"; exit 77; }
+
+skip() { echo "skipped: $*"; exit 77; }
+find_llama_cpp() { [ -x "$llama" ] || skip "built without llama.cpp (scripts/test.sh --all)"; }
+find_transformers() {
+  local candidate
+  for candidate in "$root/.venv-oracle/bin/python" "$root/.venv/bin/python" python3; do
+    if "$candidate" -c 'import transformers, gguf' 2>/dev/null; then python="$candidate"; return; fi
+  done
+  skip "no Python with transformers and gguf (scripts/test.sh --all)"
+}
+case "$case" in
+  *llama_cpp) find_llama_cpp ;;
+  *) find_transformers ;;
+esac
 
 demo="$root/examples/models/demo-llama"
 smollm2="$root/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 case "$case" in
   smollm2_*)
     for file in "$smollm2" "$root/models/jargon.heldout.txt"; do
-      [ -f "$file" ] || { echo "skipped: $file is missing (scripts/fetch_models.sh)"; exit 77; }
+      [ -f "$file" ] || skip "$file is missing (scripts/fetch_models.sh)"
     done ;;
 esac
 rm -rf "$work"
@@ -37,6 +48,13 @@ case "$case" in
     "$cleave" train "$work/converted" "$work/tuned" --recipe factorllm --data "$demo/sample.txt" \
       --steps 10 --batch 2 --context 128
     check "$work/tuned" --text "$demo/sample.txt" ;;
+  llama_cpp)  # our FFN as a node of llama.cpp's graph: dense, and its own experts
+    convert_demo
+    for model in "$demo" "$work/converted"; do
+      "$llama" "$model" --threads 2 --generate 16
+      "$llama" "$model" --threads 3 --tokens 37 --generate 4 --repeats 1
+    done ;;
+  smollm2_llama_cpp) "$llama" "$smollm2" --generate 16 --repeats 3 ;;
   smollm2_converted)
     "$cleave" convert "$smollm2" "$work/converted" --experts 8 --active 4 \
       --calibration "$root/models/jargon.train.txt" --calibration-tokens 4096

@@ -1,4 +1,5 @@
-# Checks against Transformers, an independent implementation (label `oracle`; they skip without it).
+# Checks against Transformers and llama.cpp, independent implementations (label `oracle`; they skip
+# without them).
 # CASE names the steps in tests/oracles/check.sh.
 function(cleave_add_oracle case timeout)
   add_test(NAME oracle.${case}
@@ -12,6 +13,8 @@ if(TARGET cleave_cli)
   cleave_add_oracle(dense 300)
   cleave_add_oracle(converted 300)
   cleave_add_oracle(hard_gate 300)
+  cleave_add_oracle(llama_cpp 300)
+  cleave_add_oracle(smollm2_llama_cpp 900)
   if(CLEAVE_TRAIN)
     cleave_add_oracle(tuned 300)
   endif()
