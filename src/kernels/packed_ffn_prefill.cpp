@@ -24,12 +24,12 @@ constexpr std::int64_t kPanelGroup = 4;     // panels that share rows in a secon
 constexpr std::int64_t kRowGroup = 512;     // those rows, at most
 constexpr std::int64_t kPassTokens = 1024;  // at most, which bounds the memory
 constexpr std::int64_t kAccStride = kPanelGroup * kPanelWidth;
-constexpr std::int64_t kLine = 16;  // floats
+constexpr std::int64_t kLineFloats = 16;  // floats
 
 /// Floats from row to row: rows of a tile must not fall into one set of a cache.
 std::int64_t skewed_stride(std::int64_t floats) {
-  const std::int64_t lines = (floats + kLine - 1) / kLine;
-  return (lines | 1) * kLine;
+  const std::int64_t lines = (floats + kLineFloats - 1) / kLineFloats;
+  return (lines | 1) * kLineFloats;
 }
 
 /// Experts that follow each other and have the same tokens (one expert, or those that all tokens
@@ -68,7 +68,7 @@ std::int64_t hidden_size(const PackedExperts& experts, std::int64_t tokens, std:
     widest = std::max(
         widest, (experts.panel_begin(e + 1) - experts.panel_begin(e)) * experts.panel_neurons());
   // A run of several experts can need a line more than they would need one by one.
-  return tokens * (k * skewed_stride(widest) + k / 2 * kLine);
+  return tokens * (k * skewed_stride(widest) + k / 2 * kLineFloats);
 }
 
 Shared carve_shared(Carver& from, const PackedExperts& experts, std::int64_t tokens,

@@ -39,12 +39,6 @@ struct Tensor {
 };
 constexpr cleave_dl_data_type kFloat{2, 32, 1}, kHalf{2, 16, 1}, kBf16{4, 16, 1}, kInt{0, 32, 1};
 
-void expect_refusal(cleave_status status, const std::string& message) {
-  EXPECT_EQ(status, CLEAVE_INVALID_ARGUMENT);
-  EXPECT_NE(std::string(cleave_last_error()).find(message), std::string::npos)
-      << "expected '" << message << "' in: " << cleave_last_error();
-}
-
 TEST(CDlpack, ALayerFromTensorsEqualsOneFromPointers) {
   for (const bool gated : {true, false})
     for (const std::int32_t stored : {CLEAVE_F32, CLEAVE_BF16, CLEAVE_F16}) {

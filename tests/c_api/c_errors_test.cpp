@@ -12,12 +12,6 @@ namespace {
 
 using namespace testing;
 
-void expect_refusal(cleave_status status, const std::string& message) {
-  EXPECT_EQ(status, CLEAVE_INVALID_ARGUMENT);
-  EXPECT_NE(std::string(cleave_last_error()).find(message), std::string::npos)
-      << "expected '" << message << "' in: " << cleave_last_error();
-}
-
 /// A struct in memory of its own size: a sanitizer sees what is read beyond it.
 template <typename Struct>
 class SizedStruct {

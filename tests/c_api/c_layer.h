@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -26,6 +27,13 @@ inline ExpertsHandle create(const cleave_experts_desc& desc) {
   cleave_experts* experts = nullptr;
   EXPECT_EQ(cleave_experts_create(&desc, &experts), CLEAVE_OK) << cleave_last_error();
   return ExpertsHandle(experts);
+}
+
+/// A call that was refused, and why.
+inline void expect_refusal(cleave_status status, const std::string& message) {
+  EXPECT_EQ(status, CLEAVE_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(cleave_last_error()).find(message), std::string::npos)
+      << "expected '" << message << "' in: " << cleave_last_error();
 }
 
 struct CLayerSpec {
