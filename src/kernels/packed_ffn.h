@@ -52,6 +52,7 @@ struct PairGroups {
   std::int32_t* begin;  // [E + 1] pairs of expert e are [begin[e], begin[e + 1])
   std::int32_t* next;   // [E] scratch
   std::int32_t* pair;   // [tokens * K] t * K + k, ascending within an expert
+  std::int32_t* token;  // [tokens * K] their t, counted from the first
 
   std::int64_t rows(std::int64_t e) const { return begin[e + 1] - begin[e]; }
 };

@@ -63,9 +63,10 @@ class DecodePart {
 
   /// Panels [begin, end), which are of expert e.
   void run(std::int64_t e, std::int64_t begin, std::int64_t end) {
-    pair_ = s_.groups.pair + s_.groups.begin[e];
+    const std::int32_t* pair = s_.groups.pair + s_.groups.begin[e];
+    token_ = s_.groups.token + s_.groups.begin[e];
     const std::int64_t m = rows(e);
-    for (std::int64_t r = 0; r < m; ++r) s_.row_weight[r] = call_.scale * call_.weights[pair_[r]];
+    for (std::int64_t r = 0; r < m; ++r) s_.row_weight[r] = call_.scale * call_.weights[pair[r]];
     for (std::int64_t p = begin; p < end; ++p)
       for (std::int64_t r = 0; r < m; r += batch_) {
         const std::int64_t n = std::min(batch_, m - r);
@@ -76,7 +77,6 @@ class DecodePart {
   }
 
  private:
-  std::int64_t token(std::int64_t row) const { return pair_[row] / call_.k; }
   const float* scales(std::int64_t panel) const {
     return reinterpret_cast<const float*>(call_.experts.panel(panel));
   }
@@ -87,7 +87,7 @@ class DecodePart {
     const float *x[kMaxPanelRows], *x_sums[kMaxPanelRows];
     float* out[kMaxPanelRows];
     for (std::int64_t r = 0; r < kPanelRows[kernel]; ++r) {
-      const std::int64_t t = token(first + std::min(r, n - 1));
+      const std::int64_t t = token_[first + std::min(r, n - 1)];
       x[r] = call_.x.row(t);
       x_sums[r] = s_.x_sums + t * num_blocks(D);
       out[r] = s_.products + r * kPanelWidth;
@@ -116,7 +116,7 @@ class DecodePart {
     float *y[kMaxPanelRows], *tail[kMaxPanelRows];
     for (std::int64_t r = 0; r < kPanelRows[kernel]; ++r) {
       h[r] = r < n ? s_.hidden + r * kPanelWidth : s_.zeros;
-      y[r] = r < n ? y_.row(token(first + r)) : s_.padding;
+      y[r] = r < n ? y_.row(token_[first + r]) : s_.padding;
       tail[r] = s_.tail + r * kPanelWidth;
       sums[r] = &h_sums[r];
       if (layout_.format == PanelFormat::kInt4) block_sums(h[r], layout_.neurons, &h_sums[r]);
@@ -146,7 +146,7 @@ class DecodePart {
   ExpertPanelLayout layout_;
   const PanelKernels& kernels_;
   std::int64_t batch_;
-  const std::int32_t* pair_ = nullptr;  // of the expert that runs
+  const std::int32_t* token_ = nullptr;  // of the expert that runs
 };
 
 }  // namespace

@@ -46,7 +46,6 @@ struct Run {
 /// What all parts of a pass read, and write in turn.
 struct Shared {
   PairGroups groups;
-  std::int32_t* token;     // [pairs] counted from the first of the pass
   float* weight;           // [pairs]
   Run* runs;               // [E]
   std::int64_t* num_runs;  // [1]
@@ -76,7 +75,6 @@ Shared carve_shared(Carver& from, const PackedExperts& experts, std::int64_t tok
   const std::int64_t E = experts.num_experts(), pairs = tokens * k;
   Shared s;
   s.groups = carve_groups(from, E, pairs);
-  s.token = from.take<std::int32_t>(pairs);
   s.weight = from.take<float>(pairs);
   s.runs = from.take<Run>(E);
   s.num_runs = from.take<std::int64_t>(1);
@@ -97,10 +95,8 @@ Scratch carve_scratch(Carver& from, std::int64_t tokens) {
 void prepare(const FfnCall& call, std::int64_t first, std::int64_t count, Shared& s) {
   group_pairs(call, first, count, s.groups);
   const std::int64_t E = call.experts.num_experts(), neurons = call.experts.panel_neurons();
-  for (std::int64_t i = 0; i < s.groups.begin[E]; ++i) {
-    s.token[i] = static_cast<std::int32_t>(s.groups.pair[i] / call.k - first);
+  for (std::int64_t i = 0; i < s.groups.begin[E]; ++i)
     s.weight[i] = call.scale * call.weights[s.groups.pair[i]];
-  }
   std::int64_t n = 0, hidden = 0;
   for (std::int64_t e = 0; e < E; ++e) {
     const std::int64_t m = s.groups.rows(e);
@@ -156,8 +152,9 @@ class PrefillPart {
         x_(x),
         y_(y),
         layout_(call.experts.type(), call.experts.gated(), call.experts.d_model()),
-        unpack_(panel_kernels().unpack[static_cast<int>(layout_.format)]),
-        kernels_(panel_kernels()) {
+        kernels_(panel_kernels()),
+        unpack_(kernels_.unpack[static_cast<int>(layout_.format)]),
+        unpack_and_multiply_(kernels_.unpack_and_multiply[static_cast<int>(layout_.format)]) {
     const std::int64_t blocks = (x.cols + kBlockSteps - 1) / kBlockSteps;
     block_steps_ = std::min(kBlockSteps, ((x.cols + blocks - 1) / blocks + 31) / 32 * 32);
   }
@@ -175,7 +172,12 @@ class PrefillPart {
     for (std::int64_t d = begin; d < end; d += kPanelGroup) {
       const std::int64_t n = std::min(kPanelGroup, end - d);
       std::fill_n(s_.sums, y_.rows * kAccStride, 0.0f);
-      for (std::int64_t i = 0; i < *shared_.num_runs; ++i) down_run(shared_.runs[i], d, n);
+      const std::int64_t runs = *shared_.num_runs;
+      for (std::int64_t i = 0; i < runs; ++i) {
+        const bool last = i + 1 == runs;
+        down_run(shared_.runs[i], d, n, shared_.runs[last ? 0 : i + 1],
+                 last ? std::min(d + kPanelGroup, end - 1) : d);
+      }
       const std::int64_t column = d * kPanelWidth;
       const std::int64_t columns = std::min(n * kPanelWidth, y_.cols - column);
       for (std::int64_t t = 0; t < y_.rows; ++t)
@@ -202,13 +204,15 @@ class PrefillPart {
   /// this part.
   void hidden_group(const Run& run, std::int64_t begin, std::int64_t end, std::int64_t last,
                     std::int64_t first, std::int64_t m) {
-    const std::int32_t* token = shared_.token + run.pair + first;
+    const std::int32_t* token = shared_.groups.token + run.pair + first;
     const std::int64_t D = x_.cols, blocks = (D + block_steps_ - 1) / block_steps_;
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t steps = std::min(block_steps_, D - b * block_steps_);
       for (std::int64_t p = begin; p < end; p += 2) {
         const std::int64_t panels = std::min<std::int64_t>(2, end - p);
-        for (std::int64_t i = 0; i < panels; ++i)
+        const Weights weights{{gate_up(p, b), gate_up(p + panels - 1, b)}, steps, 1, 0};
+        const bool fused = fuses(panels, m);
+        for (std::int64_t i = 0; i < panels && !fused; ++i)
           unpack_(gate_up(p + i, b), steps, scales(p + i), s_.unpacked + i * steps * kPanelWidth);
         const bool same_block = p + panels < end;
         const bool same_group = same_block || b + 1 < blocks;
@@ -220,7 +224,7 @@ class PrefillPart {
                                                  : 0),
                       panel_bytes(layout_.format, block_steps_), panels, layout_.bytes());
         multiply(
-            steps, panels, m, b > 0, kRowGroup * kPanelWidth, fetch,
+            weights, panels, fused, m, b > 0, kRowGroup * kPanelWidth, fetch,
             [&](std::int64_t r) { return x_.row(token[r]) + b * block_steps_; },
             [&](std::int64_t r) { return product(p - begin, r); });
       }
@@ -243,23 +247,40 @@ class PrefillPart {
         run.stride);
   }
 
-  /// s_.sums += the run's hidden values times panels [d, d + n) of down.
-  void down_run(const Run& run, std::int64_t d, std::int64_t n) {
-    const std::int64_t chunk = kBlockSteps / layout_.neurons;
-    const std::int32_t* token = shared_.token + run.pair;
+  /// Panels of a run whose neurons are unpacked at once: equal shares of it.
+  std::int64_t chunk_of(const Run& run) const {
+    const std::int64_t panels = run.panel_end - run.panel, most = kBlockSteps / layout_.neurons;
+    const std::int64_t chunks = (panels + most - 1) / most;
+    return (panels + chunks - 1) / chunks;
+  }
+
+  /// s_.sums += the run's hidden values times panels [d, d + n) of down. After it comes `next_run`,
+  /// at panel next_d.
+  void down_run(const Run& run, std::int64_t d, std::int64_t n, const Run& next_run,
+                std::int64_t next_d) {
+    const std::int64_t chunk = chunk_of(run);
+    const std::int32_t* token = shared_.groups.token + run.pair;
     for (std::int64_t p = run.panel; p < run.panel_end; p += chunk) {
       const std::int64_t panels = std::min(chunk, run.panel_end - p);
       const std::int64_t steps = panels * layout_.neurons;
       const float* h = shared_.hidden + run.hidden + (p - run.panel) * layout_.neurons;
-      const std::int64_t next = std::min(p + chunk, run.panel_end - 1);
-      Fetcher fetch(down_panel(next, d), n * layout_.down_panel_bytes,
-                    std::min(chunk, run.panel_end - next), layout_.bytes());
+      const bool last = p + panels == run.panel_end;
+      const std::int64_t next = last ? next_run.panel : p + panels;
+      Fetcher fetch(down_panel(next, last ? next_d : d), n * layout_.down_panel_bytes,
+                    last ? std::min(chunk_of(next_run), next_run.panel_end - next)
+                         : std::min(chunk, run.panel_end - next),
+                    layout_.bytes());
       for (std::int64_t i = 0; i < n; i += 2) {
         const std::int64_t outputs = std::min<std::int64_t>(2, n - i);
-        for (std::int64_t j = 0; j < outputs; ++j)
+        const Weights weights{{down_panel(p, d + i), down_panel(p, d + i + outputs - 1)},
+                              layout_.neurons,
+                              panels,
+                              layout_.bytes()};
+        const bool fused = fuses(outputs, run.rows);
+        for (std::int64_t j = 0; j < outputs && !fused; ++j)
           unpack_down(p, panels, d + i + j, s_.unpacked + j * steps * kPanelWidth);
         multiply(
-            steps, outputs, run.rows, true, kPanelWidth, fetch,
+            weights, outputs, fused, run.rows, true, kPanelWidth, fetch,
             [&](std::int64_t r) { return h + r * run.stride; },
             [&](std::int64_t r) { return s_.sums + token[r] * kAccStride + i * kPanelWidth; });
       }
@@ -274,13 +295,24 @@ class PrefillPart {
           to);
   }
 
-  /// s_.unpacked, of one or two panels, times m rows whose operands and results are where x_of and
-  /// y_of say.
+  /// Where a block of weights is packed: one or two panels, in pieces.
+  struct Weights {
+    const std::byte* panel[2];
+    std::int64_t piece_steps, pieces, piece_stride;
+  };
+  /// Whether the first product of a block unpacks it.
+  bool fuses(std::int64_t panels, std::int64_t m) const {
+    return panels == 2 && m >= kPairRows && unpack_and_multiply_ != nullptr;
+  }
+
+  /// A block of one or two panels times m rows whose operands and results are where x_of and y_of
+  /// say. The block is unpacked, or is here.
   template <typename XOf, typename YOf>
-  void multiply(std::int64_t steps, std::int64_t panels, std::int64_t m, bool add,
+  void multiply(const Weights& weights, std::int64_t panels, bool fused, std::int64_t m, bool add,
                 std::int64_t panel_offset, Fetcher& fetch, const XOf& x_of, const YOf& y_of) const {
     const auto* kernels = panels == 2 ? kernels_.multiply_pair : kernels_.multiply_block;
     const std::int64_t most = panels == 2 ? kPairRows : kBlockRows;
+    const std::int64_t steps = weights.pieces * weights.piece_steps;
     const float* x[kBlockRows];
     float* y[kBlockRows];
     for (std::int64_t first = 0; first < m; first += most) {
@@ -289,7 +321,19 @@ class PrefillPart {
         x[i] = x_of(first + i);
         y[i] = y_of(first + i);
       }
-      kernels[rows - 1]({s_.unpacked, steps, x, y, panel_offset, add, fetch.next(steps)});
+      if (first == 0 && fused)
+        unpack_and_multiply_({{weights.panel[0], weights.panel[1]},
+                              weights.piece_steps,
+                              weights.pieces,
+                              weights.piece_stride,
+                              s_.unpacked,
+                              x,
+                              y,
+                              panel_offset,
+                              add,
+                              fetch.next(steps)});
+      else
+        kernels[rows - 1]({s_.unpacked, steps, x, y, panel_offset, add, fetch.next(steps)});
     }
   }
 
@@ -299,8 +343,9 @@ class PrefillPart {
   MatrixView<const float> x_;  // of the pass
   MatrixView<float> y_;
   ExpertPanelLayout layout_;
-  void (*unpack_)(const void*, std::int64_t, const float*, float*);
   const PanelKernels& kernels_;
+  void (*unpack_)(const void*, std::int64_t, const float*, float*);
+  void (*unpack_and_multiply_)(const UnpackProduct&);
   std::int64_t block_steps_;
 };
 

@@ -239,6 +239,54 @@ TEST(PanelKernels, EveryInstructionSetMultipliesBlocks) {
   }
 }
 
+// Unpacking on the way changes neither the product nor what is unpacked.
+TEST(PanelKernels, UnpackAndMultiplyEqualsBoth) {
+  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+    const PanelKernels* kernels = find_panel_kernels(isa);
+    for (const PanelFormat format : {PanelFormat::kBF16, PanelFormat::kF16}) {
+      const int f = static_cast<int>(format);
+      if (kernels == nullptr || kernels->unpack_and_multiply[f] == nullptr) continue;
+      for (const std::int64_t steps : {1, 16, 31, 64})
+        for (const std::int64_t pieces : {1, 3}) {
+          std::mt19937 rng(static_cast<unsigned>(f * 1000 + steps * 10 + pieces));
+          const std::int64_t each = panel_bytes(format, steps), all = steps * pieces;
+          const std::vector<float> no_scales(kMaxScales, 1.0f);
+          std::vector<std::byte> packed(static_cast<std::size_t>(2 * pieces * each));
+          std::vector<float> expected(2 * all * kPanelWidth), unpacked(expected.size(), -1.0f);
+          for (std::int64_t i = 0; i < 2 * pieces; ++i) {
+            const OwnedMatrix w = random_matrix(rng, steps, kPanelWidth);
+            encode_panel(format, w.values, no_scales.data(), packed.data() + i * each);
+            kernels->unpack[f](packed.data() + i * each, steps, no_scales.data(),
+                               expected.data() + i * steps * kPanelWidth);
+          }
+          const OwnedMatrix x = random_matrix(rng, kPairRows, all);
+          OwnedMatrix y = random_matrix(rng, kPairRows, 2 * kPanelWidth), other = y;
+          const float* in[kPairRows];
+          float *out[kPairRows], *other_out[kPairRows];
+          for (int r = 0; r < kPairRows; ++r) {
+            in[r] = x.view().row(r);
+            out[r] = y.view().row(r);
+            other_out[r] = other.view().row(r);
+          }
+          kernels->unpack_and_multiply[f]({{packed.data(), packed.data() + pieces * each},
+                                           steps,
+                                           pieces,
+                                           each,
+                                           unpacked.data(),
+                                           in,
+                                           out,
+                                           kPanelWidth,
+                                           true,
+                                           nullptr});
+          kernels->multiply_pair[kPairRows - 1](
+              {expected.data(), all, in, other_out, kPanelWidth, true, nullptr});
+          ASSERT_EQ(unpacked, expected) << isa << " steps " << steps << " pieces " << pieces;
+          ASSERT_EQ(y.values, other.values) << isa << " steps " << steps << " pieces " << pieces;
+        }
+    }
+  }
+}
+
 // Every instruction set that this machine has, against plain loops; all formats, all row counts.
 TEST(PanelKernels, EveryInstructionSetMultipliesAlike) {
   for (const char* isa : {"scalar", "avx2", "avx512"}) {

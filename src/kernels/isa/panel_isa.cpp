@@ -442,6 +442,75 @@ void multiply_block(const BlockProduct& product) {
 #endif
 }
 
+#if defined(__AVX512F__)
+template <typename Format>
+void unpack_and_multiply(const UnpackProduct& product) {
+  constexpr int kRows = kPairRows;
+  const float* x[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) x[r] = product.x[r];
+  const char* prefetch = product.prefetch != nullptr
+                             ? product.prefetch
+                             : reinterpret_cast<const char*>(product.unpacked);
+  const std::int64_t prefetch_stride = product.prefetch != nullptr ? 64 : 0;
+  const auto* p0 = static_cast<const char*>(product.panel[0]);
+  const auto* p1 = static_cast<const char*>(product.panel[1]);
+  float* out0 = product.unpacked;
+  float* out1 = out0 + product.pieces * product.piece_steps * kPanelWidth;
+  Floats sum[kRows][4] = {};
+  std::int64_t at = 0;  // step of x
+  const auto step = [&](std::int64_t s, std::int64_t k) __attribute__((always_inline)) {
+    Floats w[4];
+    const std::int64_t group = (s + k) / Format::kGroup * Format::kGroupBytes;
+    Format::step(p0 + group, k % Format::kGroup, w[0], w[1]);
+    Format::step(p1 + group, k % Format::kGroup, w[2], w[3]);
+    store(w[0], out0 + k * kPanelWidth);
+    store(w[1], out0 + k * kPanelWidth + 16);
+    store(w[2], out1 + k * kPanelWidth);
+    store(w[3], out1 + k * kPanelWidth + 16);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Floats value = splat(x[r][at + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) multiply_add(sum[r][v], value, w[v]);
+    }
+  };
+  const auto advance = [&](std::int64_t steps) __attribute__((always_inline)) {
+    at += steps;
+    out0 += steps * kPanelWidth;
+    out1 += steps * kPanelWidth;
+  };
+  for (std::int64_t i = 0; i < product.pieces; ++i) {
+    std::int64_t s = 0;
+    for (; s + 2 <= product.piece_steps; s += 2) {
+      __builtin_prefetch(prefetch, 0, 2);
+      prefetch += prefetch_stride;
+      step(s, 0);
+      step(s, 1);
+      advance(2);
+    }
+    if (s < product.piece_steps) {
+      step(s, 0);
+      advance(1);
+    }
+    p0 += product.piece_stride;
+    p1 += product.piece_stride;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) {
+      float* to = product.y[r] + v / 2 * product.panel_offset + v % 2 * 16;
+      if (product.add) sum[r][v] += load<Floats>(to);
+      store(sum[r][v], to);
+    }
+}
+#define CLEAVE_UNPACK_AND_MULTIPLY(format) unpack_and_multiply<format>
+#else
+// Too few registers for it to pay.
+#define CLEAVE_UNPACK_AND_MULTIPLY(format) nullptr
+#endif
+
 template <typename Format>
 void unpack(const void* panel_in, std::int64_t steps, const float* scales, float* out) {
   const auto* panel = static_cast<const char*>(panel_in);
@@ -559,6 +628,7 @@ constexpr PanelKernels kPanels = {
      multiply_block<5, 1>, multiply_block<6, 1>, multiply_block<7, 1>, multiply_block<8, 1>},
     {multiply_block<1, 2>, multiply_block<2, 2>, multiply_block<3, 2>, multiply_block<4, 2>,
      multiply_block<5, 2>, multiply_block<6, 2>},
+    {nullptr, CLEAVE_UNPACK_AND_MULTIPLY(BF16), CLEAVE_UNPACK_AND_MULTIPLY(F16), nullptr, nullptr},
     {unpack<F32>, unpack<BF16>, unpack<F16>, unpack<Int8>, unpack<Int4>},
     activate,
 };

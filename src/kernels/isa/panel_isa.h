@@ -75,6 +75,21 @@ struct BlockProduct {
 /// for 6.
 inline constexpr int kBlockRows = 8, kPairRows = 6;
 
+/// As a BlockProduct of kPairRows rows and two panels that are still packed: unpacks them on the
+/// way, which costs next to nothing there.
+struct UnpackProduct {
+  const void* panel[2];  ///< the first piece of each: all steps, or as many as a panel of down has
+  std::int64_t piece_steps;
+  std::int64_t pieces;
+  std::int64_t piece_stride;  ///< bytes
+  float* unpacked;            ///< [2, pieces * piece_steps, 32], written
+  const float* const* x;
+  float* const* y;
+  std::int64_t panel_offset;
+  bool add;
+  const char* prefetch;
+};
+
 struct PanelKernels {
   /// Indexed by format and row count; nullptr where the format is to be unpacked first.
   void (*multiply[kNumPanelFormats][kNumPanelRows])(const PanelProduct& product);
@@ -83,6 +98,8 @@ struct PanelKernels {
   /// Indexed by rows - 1.
   void (*multiply_block[kBlockRows])(const BlockProduct& product);
   void (*multiply_pair[kPairRows])(const BlockProduct& product);  ///< of two panels
+  /// Indexed by format; nullptr where it is better unpacked first.
+  void (*unpack_and_multiply[kNumPanelFormats])(const UnpackProduct& product);
   /// out [steps, 32] = the panel's weights.
   void (*unpack[kNumPanelFormats])(const void* panel, std::int64_t steps, const float* scales,
                                    float* out);
