@@ -133,7 +133,7 @@ build_jobs() {
   echo $((cores < memory_gb ? cores : memory_gb))
 }
 
-build() {
+build() {  # [TARGET...]
   local options=()
   [ -z "${Torch_DIR:-}" ] || options+=("-DTorch_DIR=$Torch_DIR")
   if command -v ccache >/dev/null; then
@@ -145,7 +145,7 @@ build() {
   fi
   say "building in ${cleave_build#"$cleave_root"/} with $(build_jobs) jobs"
   (cd "$cleave_root" && cmake --preset "$cleave_preset" "${options[@]}" >&2) || fail "cmake failed"
-  cmake --build "$cleave_build" --parallel "$(build_jobs)" >&2 || fail "the build failed"
+  cmake --build "$cleave_build" ${1:+--target "$@"} --parallel "$(build_jobs)" >&2 || fail "the build failed"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

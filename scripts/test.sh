@@ -2,7 +2,8 @@
 # Installs what is missing (scripts/setup.sh), builds, and runs the tests through ctest.
 #
 #   scripts/test.sh          the quick tests, on the bundled model (labels quick and guards)
-#   scripts/test.sh --all    all tests: fetches SmolLM2, and Transformers and llama.cpp into .venv-oracle
+#   scripts/test.sh --all    all tests: fetches SmolLM2, Transformers and llama.cpp (into .venv-oracle), and a compiler for
+#                            ARM and its emulator (scripts/check_neon.sh)
 #
 # CLEAVE_TRAIN=OFF builds and tests the core alone, without LibTorch.
 set -euo pipefail
@@ -38,6 +39,7 @@ if [ "$all" = yes ]; then
   "$cleave_root/scripts/fetch_models.sh"
   prepare_oracles
   "$cleave_root/scripts/fetch_llama_cpp.sh"
+  "$cleave_root/scripts/check_neon.sh" --setup || say "going on without the ARM compiler; its test will be skipped"
   selection=()
 fi
 build

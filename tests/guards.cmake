@@ -14,7 +14,7 @@ if(NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")
   cleave_add_guard(core_never_prints_or_exits no_print_or_exit.sh $<TARGET_FILE:cleave_core>)
   # Without optimisation the compiler emits every inline function, intrinsics included.
   if(CMAKE_BUILD_TYPE MATCHES "^(Release|RelWithDebInfo|MinSizeRel)$")
-    foreach(isa scalar avx2 avx512)
+    foreach(isa scalar avx2 avx512 neon)
       if(TARGET cleave_${isa})
         cleave_add_guard(isa_objects_hold_no_weak_symbol_${isa} no_weak_symbol.sh ${isa}
                          $<TARGET_OBJECTS:cleave_${isa}>)

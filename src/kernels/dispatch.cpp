@@ -33,6 +33,9 @@ std::vector<Isa> all_isas() {
       {"avx512", &avx512::kernels(), &avx512::panel_kernels(), &avx512::row_kernels(), avx512});
   isas.push_back({"avx2", &avx2::kernels(), &avx2::panel_kernels(), &avx2::row_kernels(), avx2});
 #endif
+#ifdef CLEAVE_HAVE_NEON_ISA  // which every 64-bit ARM has
+  isas.push_back({"neon", &neon::kernels(), &neon::panel_kernels(), &neon::row_kernels(), true});
+#endif
   isas.push_back(
       {"scalar", &scalar::kernels(), &scalar::panel_kernels(), &scalar::row_kernels(), true});
   return isas;

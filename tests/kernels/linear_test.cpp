@@ -164,7 +164,7 @@ TEST_P(IsaTest, ComparesDistributions) {
   EXPECT_EQ(other.best_of_model, 0);  // the lowest of equals
 }
 
-INSTANTIATE_TEST_SUITE_P(EverySet, IsaTest, ::testing::Values("scalar", "avx2", "avx512"),
+INSTANTIATE_TEST_SUITE_P(EverySet, IsaTest, ::testing::Values("scalar", "avx2", "avx512", "neon"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST(Isa, NamesTheSetInUse) {

@@ -25,7 +25,8 @@ class RowKernelsTest : public ::testing::TestWithParam<const char*> {
   const RowKernels* rows_ = nullptr;
 };
 
-INSTANTIATE_TEST_SUITE_P(Isas, RowKernelsTest, ::testing::Values("scalar", "avx2", "avx512"));
+INSTANTIATE_TEST_SUITE_P(Isas, RowKernelsTest,
+                         ::testing::Values("scalar", "avx2", "avx512", "neon"));
 
 // Blocks of any size, some scores masked, some blocks masked as a whole, the first one too.
 TEST_P(RowKernelsTest, SoftmaxByBlocksMatchesItsDefinition) {

@@ -65,5 +65,8 @@ const IsaKernels& kernels();
 namespace avx512 {
 const IsaKernels& kernels();
 }
+namespace neon {
+const IsaKernels& kernels();
+}
 
 }  // namespace cleave

@@ -1,5 +1,6 @@
 // Products with packed weights for one instruction set. Written once, in GCC's and Clang's vector
-// extensions: a vector of 16 floats is one register with AVX-512, two with AVX2, four with NEON.
+// extensions: a vector of 16 floats is one register with AVX-512, two with AVX2, four with NEON
+// (wide.h).
 // Built per set in namespace cleave::CLEAVE_ISA (cmake/isa.cmake).
 
 #include "kernels/isa/panel_isa.h"
@@ -9,19 +10,14 @@
 #include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(CLEAVE_NEON)
+#include <arm_neon.h>
 #endif
+
+#include "kernels/isa/wide.h"
 
 namespace cleave::CLEAVE_ISA {
 namespace {
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef std::int32_t Ints __attribute__((vector_size(64)));
-typedef std::uint32_t Words __attribute__((vector_size(64)));
-typedef std::int8_t Bytes __attribute__((vector_size(16)));
-typedef std::uint8_t UnsignedBytes __attribute__((vector_size(16)));
-typedef std::uint16_t Halves __attribute__((vector_size(32)));
-
-#define CLEAVE_INLINE inline __attribute__((always_inline))
 
 // Accumulators that fit the register file: 2 vectors of 16 floats per row of x, beside two weights.
 #if defined(__AVX512F__)
@@ -29,28 +25,8 @@ constexpr int kRegisterRows = 12;
 #else
 constexpr int kRegisterRows = 3;
 #endif
-
-template <typename Vector>
-CLEAVE_INLINE Vector load(const void* from) {
-  Vector v;
-  std::memcpy(&v, from, sizeof v);
-  return v;
-}
-
-CLEAVE_INLINE void store(const Floats& v, float* to) { std::memcpy(to, &v, sizeof v); }
-CLEAVE_INLINE Floats splat(float v) {
-  return Floats{v, v, v, v, v, v, v, v, v, v, v, v, v, v, v, v};
-}
-CLEAVE_INLINE Floats as_floats(const Words& w) {
-  Floats f;
-  std::memcpy(&f, &w, sizeof f);
-  return f;
-}
-CLEAVE_INLINE Words as_words(const Floats& f) {
-  Words w;
-  std::memcpy(&w, &f, sizeof w);
-  return w;
-}
+// Sums that a single row takes turns between: half of the registers.
+constexpr int kMostChains = kRegisters / 2 / (2 * kParts);
 
 CLEAVE_INLINE float half_to_float(std::uint16_t half) {
   // Shift the exponent into place and correct its bias by a multiplication, which also makes
@@ -71,30 +47,56 @@ CLEAVE_INLINE Floats from_halves(const void* from) {
   const __m256 parts[2] = {_mm256_cvtph_ps(_mm_loadu_si128(p)),
                            _mm256_cvtph_ps(_mm_loadu_si128(p + 1))};
   return load<Floats>(parts);
+#elif defined(CLEAVE_NEON)
+  const auto* p = static_cast<const __fp16*>(from);
+  const float32x4_t parts[4] = {vcvt_f32_f16(vld1_f16(p)), vcvt_f32_f16(vld1_f16(p + 4)),
+                                vcvt_f32_f16(vld1_f16(p + 8)), vcvt_f32_f16(vld1_f16(p + 12))};
+  return load<Floats>(parts);
 #else
-  const Halves halves = load<Halves>(from);
-  Floats out;
+  std::uint16_t halves[16];
+  std::memcpy(halves, from, sizeof halves);
+  float out[16];
   for (int i = 0; i < 16; ++i) out[i] = half_to_float(halves[i]);
-  return out;
+  return load<Floats>(out);
 #endif
 }
 
-CLEAVE_INLINE Floats from_bytes(const void* from) {
+CLEAVE_INLINE Ints from_signed_bytes(const void* from) {
 #if defined(__AVX512F__)
-  const __m512 wide =
-      _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from))));
-  return load<Floats>(&wide);
+  const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+  return load<Ints>(&wide);
+#elif defined(__AVX2__)
+  const __m128i bytes = _mm_loadu_si128(static_cast<const __m128i*>(from));
+  const __m256i parts[2] = {_mm256_cvtepi8_epi32(bytes),
+                            _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+  return load<Ints>(parts);
+#elif defined(CLEAVE_NEON)
+  const int8x16_t bytes = vld1q_s8(static_cast<const std::int8_t*>(from));
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_high_s8(bytes);
+  const int32x4_t parts[4] = {vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low),
+                              vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)};
+  return load<Ints>(parts);
 #else
-  return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
+  std::int8_t bytes[16];
+  std::memcpy(bytes, from, sizeof bytes);
+  std::int32_t out[16];
+  for (int i = 0; i < 16; ++i) out[i] = bytes[i];
+  return load<Ints>(out);
 #endif
 }
+
+CLEAVE_INLINE Floats from_bytes(const void* from) { return to_floats(from_signed_bytes(from)); }
 
 CLEAVE_INLINE Ints from_unsigned_bytes(const void* from) {
 #if defined(__AVX512F__)
   const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(from)));
   return load<Ints>(&wide);
-#else
-  return __builtin_convertvector(load<UnsignedBytes>(from), Ints);
+#else  // two bytes of each block and lane: not worth intrinsics
+  std::uint8_t bytes[16];
+  std::memcpy(bytes, from, sizeof bytes);
+  std::int32_t out[16];
+  for (int i = 0; i < 16; ++i) out[i] = bytes[i];
+  return load<Ints>(out);
 #endif
 }
 
@@ -167,11 +169,9 @@ struct Int4Block {
   static constexpr std::int64_t kSteps = kInt4Block, kHeader = 64;
   CLEAVE_INLINE Int4Block(const char* header, const float* unit) {
     for (int half = 0; half < 2; ++half) {
-      scale[half] = __builtin_convertvector(from_unsigned_bytes(header + 16 * half), Floats) *
-                    splat(16.0f * unit[0]);
-      offset[half] = __builtin_convertvector(from_unsigned_bytes(header + 32 + 16 * half), Floats) *
-                         splat(unit[1]) -
-                     scale[half];
+      scale[half] = to_floats(from_unsigned_bytes(header + 16 * half)) * splat(16.0f * unit[0]);
+      offset[half] =
+          to_floats(from_unsigned_bytes(header + 32 + 16 * half)) * splat(unit[1]) - scale[half];
     }
   }
   Floats scale[2], offset[2];  ///< w = scale * v + offset
@@ -294,12 +294,16 @@ template <typename Format, int kRows>
 void multiply(const PanelProduct& product) {
   if constexpr (kRows <= kRegisterRows) {
     // A sum that waits for its predecessor's addition takes 4 cycles; few rows take turns between
-    // several sums. Short panels overlap anyway.
-    constexpr int kChains = kRows == 1   ? (std::is_same_v<Format, Int4> ? 2 : 4)
+    // several sums, as many as there are registers for. Short panels overlap anyway.
+    constexpr int kWanted = kRows == 1   ? (!std::is_same_v<Format, Int4> ? 4
+                                            : kParts < 4                  ? 2
+                                                                          : 1)
                             : kRows == 2 ? 2
                                          : 1;
+    constexpr int kRoom = kMostChains > kRows ? kMostChains / kRows : 1;
+    constexpr int kChains = kWanted < kRoom ? kWanted : kRoom;
     if (kRows == 1 && product.steps <= 32)
-      multiply_rows<Format, kRows, 2>(product, 0);
+      multiply_rows<Format, kRows, (kChains < 2 ? kChains : 2)>(product, 0);
     else
       multiply_rows<Format, kRows, kChains>(product, 0);
   } else {
@@ -362,13 +366,16 @@ CLEAVE_INLINE void tile_rows(const TileProduct& product, int first_row) {
   }
 }
 
+// Three rows leave NEON no register for the four of a weight vector.
+template <int kRows>
+constexpr int kTilePart = kRows % 3 == 0 && kParts < 4 ? 3 : 2;
+
 template <int kRows>
 void multiply_tile(const TileProduct& product) {
   if constexpr (kRows <= kRegisterRows)
     tile_rows<kRows>(product, 0);
   else
-    for (int r = 0; r < kRows; r += kRows % 3 == 0 ? 3 : 2)
-      tile_rows<kRows % 3 == 0 ? 3 : 2>(product, r);
+    for (int r = 0; r < kRows; r += kTilePart<kRows>) tile_rows<kTilePart<kRows>>(product, r);
 }
 
 /// sum += a * b. In so many words, because the compiler, free to choose between three forms of the
@@ -433,8 +440,8 @@ void multiply_block(const BlockProduct& product) {
 #if defined(__AVX512F__)
   block_part<kRows, 2 * kPanels>(product, 0, 0);
 #else
-  // Registers for one vector of 16 floats and six rows.
-  constexpr int kPart = kRows > 6 ? 4 : kRows;
+  // Registers for one vector of 16 floats and six rows, with NEON five.
+  constexpr int kPart = kRows > (kParts < 4 ? 6 : 5) ? 4 : kRows;
   for (int v = 0; v < 2 * kPanels; ++v) {
     block_part<kPart, 1>(product, 0, v);
     if constexpr (kRows > kPart) block_part<kRows - kPart, 1>(product, kPart, v);
@@ -548,10 +555,6 @@ void unpack(const void* panel_in, std::int64_t steps, const float* scales, float
 
 // ---- activations ------------------------------------------------------------------------------
 
-CLEAVE_INLINE Floats select(const Ints& mask, const Floats& yes, const Floats& no) {
-  const Words m = reinterpret_cast<const Words&>(mask);
-  return as_floats((as_words(yes) & m) | (as_words(no) & ~m));
-}
 CLEAVE_INLINE Floats clamp(const Floats& x, float low, float high) {
   const Floats l = splat(low), h = splat(high);
   const Floats above = select(x < l, l, x);
@@ -580,16 +583,17 @@ CLEAVE_INLINE Floats act(Activation activation, const Floats& x) {
     case Activation::kSilu:
       return x / (1.0f + exp(-x));
     case Activation::kGelu: {
-      Floats y;
-      for (int i = 0; i < 16; ++i) y[i] = 0.5f * x[i] * (1.0f + ::erff(x[i] * 0.70710678f));
-      return y;
+      float y[16];
+      store(x, y);
+      for (float& v : y) v = 0.5f * v * (1.0f + ::erff(v * 0.70710678f));
+      return load<Floats>(y);
     }
     case Activation::kGeluTanh:  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
       return x / (1.0f + exp(-1.5957691216f * (x + 0.044715f * x * x * x)));
     case Activation::kRelu:
-      return select(x > 0.0f, x, Floats{});
+      return select(x > Floats{}, x, Floats{});
     case Activation::kRelu2: {
-      const Floats positive = select(x > 0.0f, x, Floats{});
+      const Floats positive = select(x > Floats{}, x, Floats{});
       return positive * positive;
     }
     case Activation::kIdentity:

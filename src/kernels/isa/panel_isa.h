@@ -119,5 +119,8 @@ const PanelKernels& panel_kernels();
 namespace avx512 {
 const PanelKernels& panel_kernels();
 }
+namespace neon {
+const PanelKernels& panel_kernels();
+}
 
 }  // namespace cleave

@@ -34,5 +34,8 @@ const RowKernels& row_kernels();
 namespace avx512 {
 const RowKernels& row_kernels();
 }
+namespace neon {
+const RowKernels& row_kernels();
+}
 
 }  // namespace cleave
