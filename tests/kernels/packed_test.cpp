@@ -261,17 +261,19 @@ TEST(PanelKernels, EveryInstructionSetMultipliesAlike) {
           if (kernels->multiply[f][k] == nullptr) continue;
           const OwnedMatrix start = random_matrix(rng, kMaxPanelRows, kPanelWidth);
           OwnedMatrix y = start;
-          const float *rows[kMaxPanelRows], *x_sums[kMaxPanelRows];
-          std::vector<float> sums(kMaxPanelRows * num_blocks(steps));
+          const float* rows[kMaxPanelRows];
+          const InputBlock* blocks[kMaxPanelRows];
+          std::vector<InputBlock> prepared(kMaxPanelRows * num_blocks(steps));
           float* out[kMaxPanelRows];
           for (int r = 0; r < kMaxPanelRows; ++r) {
             rows[r] = x.values.data() + r * steps;
-            x_sums[r] = sums.data() + r * num_blocks(steps);
-            block_sums(rows[r], steps, sums.data() + r * num_blocks(steps));
+            InputBlock* row_blocks = prepared.data() + r * num_blocks(steps);
+            kernels->prepare(rows[r], steps, row_blocks);
+            blocks[r] = row_blocks;
             out[r] = y.values.data() + r * kPanelWidth;
           }
           kernels->multiply[f][k](
-              {panel.data(), scales, steps, 1, 0, rows, x_sums, out, true, nullptr});
+              {panel.data(), scales, steps, 1, 0, rows, blocks, out, true, nullptr});
           for (int r = 0; r < kMaxPanelRows; ++r)
             for (std::int64_t i = 0; i < kPanelWidth; ++i) {
               double sum = start.values[r * kPanelWidth + i], size = std::abs(sum);
