@@ -170,7 +170,7 @@ TEST(PackedMoeFfn, SkewedRoutingAndEmptyExperts) {
 }
 
 TEST(PanelKernels, EveryInstructionSetMultipliesTiles) {
-  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
     for (const std::int64_t rows : {4, 8, 12})
@@ -200,7 +200,7 @@ TEST(PanelKernels, EveryInstructionSetMultipliesTiles) {
 }
 
 TEST(PanelKernels, EveryInstructionSetMultipliesBlocks) {
-  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
     for (const std::int64_t panels : {1, 2})
@@ -241,7 +241,7 @@ TEST(PanelKernels, EveryInstructionSetMultipliesBlocks) {
 
 // Every instruction set that this machine has, against plain loops; all formats, all row counts.
 TEST(PanelKernels, EveryInstructionSetMultipliesAlike) {
-  for (const char* isa : {"scalar", "avx2", "avx512"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
     for (int f = 0; f < kNumPanelFormats; ++f)

@@ -352,12 +352,44 @@ CLEAVE_INLINE Words splat_bytes(const std::int8_t* four) {
   return Words{w, w, w, w, w, w, w, w, w, w, w, w, w, w, w, w};
 }
 
+#if defined(__AVX512BW__)
+/// sum[i] += a[4 i] b[0] + ... + a[4 i + 3] b[3], a >= 0: AVX512-VNNI, which the rest of this file
+/// must do without. Hence no intrinsic.
+CLEAVE_INLINE void add_products(Ints& sum, const Words& a, const std::int8_t* four) {
+  using Four = std::int8_t[4];
+  asm("vpdpbusd %2%{1to16%}, %1, %0"
+      : "+v"(sum)
+      : "v"(a), "m"(*reinterpret_cast<const Four*>(four)));
+}
+#endif
+
 /// Products of 16 lanes' nibbles, `groups` of eight steps, with x: in units of x.scale. A block's
 /// sums fit: 32 steps * 15 * 128 / 2 < 2^15 in a short.
-CLEAVE_INLINE Floats nibble_products(const char* words, const InputBlock& x, std::int64_t groups) {
+template <bool kVnni, typename Fetch>
+CLEAVE_INLINE Floats nibble_products(const char* words, const InputBlock& x, std::int64_t groups,
+                                     const Fetch& fetch) {
+#if defined(__AVX512BW__)
+  if constexpr (kVnni) {
+    Ints sums[3] = {};
+#pragma GCC unroll 4
+    for (std::int64_t g = 0; g < groups; ++g) {
+      fetch();
+      const Words nibbles = load<Words>(words + g * Int4::kGroupBytes);
+      const Words even = nibbles & 0x0f0f0f0fu, odd = (nibbles >> 4) & 0x0f0f0f0fu;
+#pragma GCC unroll 3
+      for (int d = 0; d < 3; ++d) add_products(sums[d], even, x.digits[d] + g * 8);
+#pragma GCC unroll 3
+      for (int d = 0; d < 3; ++d) add_products(sums[d], odd, x.digits[d] + g * 8 + 4);
+    }
+    const Ints low = sums[0] + (sums[1] << 8);
+    return __builtin_convertvector(sums[2], Floats) * 65536.0f +
+           __builtin_convertvector(low, Floats);
+  }
+#endif
   Shorts sums[3] = {};
 #pragma GCC unroll 4
   for (std::int64_t g = 0; g < groups; ++g) {
+    fetch();
     const Words nibbles = load<Words>(words + g * Int4::kGroupBytes);
     const Words even = nibbles & 0x0f0f0f0fu, odd = (nibbles >> 4) & 0x0f0f0f0fu;
 #pragma GCC unroll 3
@@ -372,47 +404,48 @@ CLEAVE_INLINE Floats nibble_products(const char* words, const InputBlock& x, std
 }
 
 /// One block of 32 lanes: `scaled` += scales * products, `least` += minima * sum of x, in units.
+template <bool kVnni, typename Fetch>
 CLEAVE_INLINE void add_block(const char* block, const InputBlock& x, std::int64_t groups,
-                             Floats (&scaled)[2], Floats (&least)[2]) {
+                             Floats (&scaled)[2], Floats (&least)[2], const Fetch& fetch) {
+  fetch();
   const Floats unit = splat(x.scale), sum = splat(x.sum);
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     const Floats scale = __builtin_convertvector(from_unsigned_bytes(block + 16 * half), Floats);
     const Floats minimum =
         __builtin_convertvector(from_unsigned_bytes(block + 32 + 16 * half), Floats);
-    const Floats products = nibble_products(block + Int4Block::kHeader + 64 * half, x, groups);
+    const Floats products =
+        nibble_products<kVnni>(block + Int4Block::kHeader + 64 * half, x, groups, fetch);
     scaled[half] += products * unit * scale;
     least[half] += sum * minimum;
   }
 }
 
+template <bool kVnni>
 void multiply_int4(const PanelProduct& product) {
   constexpr std::int64_t kGroups = Int4Block::kSteps / Int4::kGroup;
   constexpr std::int64_t kBytes = Int4Block::kHeader + kGroups * Int4::kGroupBytes;
   const auto* panel = static_cast<const char*>(product.panel);
   const char* prefetch = product.prefetch != nullptr ? product.prefetch : panel;
-  const std::int64_t prefetch_stride = product.prefetch != nullptr ? 1 : 0;
+  const std::int64_t prefetch_stride = product.prefetch != nullptr ? 64 : 0;
   const std::int64_t whole = product.steps / Int4Block::kSteps;
   const std::int64_t rest = (product.steps % Int4Block::kSteps + Int4::kGroup - 1) / Int4::kGroup;
-  const auto fetch = [&](std::int64_t bytes) __attribute__((always_inline)) {
-#pragma GCC unroll 9
-    for (std::int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(prefetch + line, 0, 3);
-    prefetch += prefetch_stride * bytes;
+  // One line at a time: a burst would wait for the few that a core can have on their way.
+  const auto fetch = [&]() __attribute__((always_inline)) {
+    __builtin_prefetch(prefetch, 0, 3);
+    prefetch += prefetch_stride;
   };
   for (std::int64_t i = 0; i < product.panels; ++i, panel += product.panel_bytes) {
     const InputBlock* x = product.blocks[0];
     const char* block = panel;
     Floats scaled[2] = {}, least[2] = {};
     for (std::int64_t b = 0; b < whole; ++b, ++x, block += kBytes) {
-      fetch(kBytes);
-      add_block(block, *x, kGroups, scaled, least);
+      add_block<kVnni>(block, *x, kGroups, scaled, least, fetch);
     }
     if (rest == 2) {  // 16 neurons
-      fetch(Int4Block::kHeader + 2 * Int4::kGroupBytes);
-      add_block(block, *x, 2, scaled, least);
+      add_block<kVnni>(block, *x, 2, scaled, least, fetch);
     } else if (rest > 0) {
-      fetch(Int4Block::kHeader + rest * Int4::kGroupBytes);
-      add_block(block, *x, rest, scaled, least);
+      add_block<kVnni>(block, *x, rest, scaled, least, fetch);
     }
     float* y = product.y[0] + i * kPanelWidth;
     for (int half = 0; half < 2; ++half) {
@@ -450,7 +483,10 @@ CLEAVE_INLINE void store_digits(const Floats& values, std::int64_t begin, InputB
 
 #else
 
-void multiply_int4(const PanelProduct& product) { multiply<Int4, 1>(product); }
+template <bool kVnni>
+void multiply_int4(const PanelProduct& product) {
+  multiply<Int4, 1>(product);
+}
 
 #endif
 
@@ -725,13 +761,14 @@ void activate(Activation activation, bool gated, std::int64_t rows, const float*
   }
 }
 
+template <bool kVnni>
 constexpr PanelKernels kPanels = {
     {
         {multiply<F32, 1>, multiply<F32, 2>, multiply<F32, 4>, multiply<F32, 8>},
         {multiply<BF16, 1>, multiply<BF16, 2>, multiply<BF16, 4>, multiply<BF16, 8>},
         {multiply<F16, 1>, multiply<F16, 2>, multiply<F16, 4>, multiply<F16, 8>},
         {multiply<Int8, 1>, multiply<Int8, 2>, multiply<Int8, 4>, nullptr},
-        {multiply_int4, multiply<Int4, 2>, multiply<Int4, 4>, nullptr},
+        {multiply_int4<kVnni>, multiply<Int4, 2>, multiply<Int4, 4>, nullptr},
     },
     prepare,
     {multiply_tile<4>, multiply_tile<8>, multiply_tile<12>},
@@ -745,6 +782,9 @@ constexpr PanelKernels kPanels = {
 
 }  // namespace
 
-const PanelKernels& panel_kernels() { return kPanels; }
+const PanelKernels& panel_kernels() { return kPanels<false>; }
+#if defined(__AVX512BW__)
+const PanelKernels& vnni_panel_kernels() { return kPanels<true>; }
+#endif
 
 }  // namespace cleave::CLEAVE_ISA

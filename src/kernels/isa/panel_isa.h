@@ -112,6 +112,7 @@ const PanelKernels& panel_kernels();
 }
 namespace avx512 {
 const PanelKernels& panel_kernels();
-}
+const PanelKernels& vnni_panel_kernels();  ///< needs AVX512-VNNI as well
+}  // namespace avx512
 
 }  // namespace cleave
