@@ -104,7 +104,7 @@ double ReadProbe::run(const ParallelFor& parallel) const {
 double fma_probe(const ParallelFor& parallel) {
 #if defined(__x86_64__)
   constexpr std::int64_t kRounds = 2'000'000;
-  const bool wide = std::strcmp(isa_name(), "avx512") == 0;
+  const bool wide = std::strncmp(isa_name(), "avx512", 6) == 0;
   const double begin = now();
   parallel(parallel.threads, 1, [&](std::int64_t from, std::int64_t to) {
     for (std::int64_t i = from; i < to; ++i) {

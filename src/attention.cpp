@@ -217,7 +217,7 @@ class Attention {
       for (int r = 0; r < kMaxPanelRows; ++r)
         x[r] = p.x + std::min<std::int64_t>(r, all - 1) * kTileStride;
       return kernels_.multiply[static_cast<int>(PanelFormat::kF32)][panel_rows_index(all)](
-          {p.panel, nullptr, p.steps, p.panels, p.panel_size * 4, x, x, y, p.add,
+          {p.panel, nullptr, p.steps, p.panels, p.panel_size * 4, x, nullptr, y, p.add,
            reinterpret_cast<const char*>(p.panel) + kPrefetchBytes});
     }
     const auto kernel = tile_kernel(kernels_, all, tile);

@@ -17,13 +17,14 @@ namespace {
 struct DecodeScratch {
   float* sum;  // [tokens, D] its share of y; the first part writes y itself
   PairGroups groups;
-  float* products;    // [8, 32] gate|up of a panel
-  float* hidden;      // [8, 32]
-  float* x_sums;      // [tokens, ceil(D / 32)] for kInt4
-  float* padding;     // [D, rounded up] y of rows that only fill a kernel
-  float* zeros;       // [32] their hidden values
-  float* tail;        // [8, 32] outputs, some of no column
-  float* row_weight;  // [tokens]
+  float* products;            // [8, 32] gate|up of a panel
+  float* hidden;              // [8, 32]
+  InputBlock* blocks;         // [tokens, ceil(D / 32)] x for kInt4
+  InputBlock* hidden_blocks;  // [8] hidden for kInt4
+  float* padding;             // [D, rounded up] y of rows that only fill a kernel
+  float* zeros;               // [32] their hidden values
+  float* tail;                // [8, 32] outputs, some of no column
+  float* row_weight;          // [tokens]
 };
 
 DecodeScratch carve_decode(Carver& from, const PackedExperts& experts, std::int64_t tokens,
@@ -34,7 +35,9 @@ DecodeScratch carve_decode(Carver& from, const PackedExperts& experts, std::int6
   s.groups = carve_groups(from, experts.num_experts(), tokens * k);
   s.products = from.take<float>(kMaxPanelRows * kPanelWidth);
   s.hidden = from.take<float>(kMaxPanelRows * kPanelWidth);
-  s.x_sums = from.take<float>(experts.type() == WeightType::kInt4 ? tokens * blocks : 0);
+  const bool in_blocks = experts.type() == WeightType::kInt4;
+  s.blocks = from.take<InputBlock>(in_blocks ? tokens * blocks : 0);
+  s.hidden_blocks = from.take<InputBlock>(in_blocks ? kMaxPanelRows : 0);
   s.padding = from.take<float>(blocks * kPanelWidth);
   s.zeros = from.take<float>(kPanelWidth);
   s.tail = from.take<float>(kMaxPanelRows * kPanelWidth);
@@ -57,7 +60,7 @@ class DecodePart {
     std::fill_n(s_.padding, num_blocks(call_.x.cols) * kPanelWidth, 0.0f);
     if (layout_.format != PanelFormat::kInt4) return;
     for (std::int64_t t = 0; t < call_.x.rows; ++t)
-      block_sums(call_.x.row(t), call_.x.cols, s_.x_sums + t * num_blocks(call_.x.cols));
+      kernels_.prepare(call_.x.row(t), call_.x.cols, s_.blocks + t * num_blocks(call_.x.cols));
   }
   std::int64_t rows(std::int64_t e) const { return s_.groups.rows(e); }
 
@@ -84,17 +87,18 @@ class DecodePart {
   void gate_up(std::int64_t panel, std::int64_t first, std::int64_t n) const {
     const int kernel = panel_rows_index(n);
     const std::int64_t D = call_.x.cols;
-    const float *x[kMaxPanelRows], *x_sums[kMaxPanelRows];
+    const float* x[kMaxPanelRows];
+    const InputBlock* blocks[kMaxPanelRows];
     float* out[kMaxPanelRows];
     for (std::int64_t r = 0; r < kPanelRows[kernel]; ++r) {
       const std::int64_t t = token_[first + std::min(r, n - 1)];
       x[r] = call_.x.row(t);
-      x_sums[r] = s_.x_sums + t * num_blocks(D);
+      blocks[r] = s_.blocks + t * num_blocks(D);
       out[r] = s_.products + r * kPanelWidth;
     }
     const std::byte* weights = call_.experts.panel(panel) + layout_.gate_up_offset();
     kernels_.multiply[static_cast<int>(layout_.format)][kernel](
-        {weights, scales(panel), D, 1, 0, x, x_sums, out, false,
+        {weights, scales(panel), D, 1, 0, x, blocks, out, false,
          reinterpret_cast<const char*>(weights) + kPrefetchBytes});
   }
 
@@ -111,15 +115,16 @@ class DecodePart {
 
   void down(std::int64_t panel, std::int64_t first, std::int64_t n) const {
     const int kernel = panel_rows_index(n);
-    const float *h[kMaxPanelRows], *sums[kMaxPanelRows];
-    float h_sums[kMaxPanelRows];  // a panel's neurons are one block at most
+    const float* h[kMaxPanelRows];
+    const InputBlock* blocks[kMaxPanelRows];  // a panel's neurons are one block at most
     float *y[kMaxPanelRows], *tail[kMaxPanelRows];
     for (std::int64_t r = 0; r < kPanelRows[kernel]; ++r) {
       h[r] = r < n ? s_.hidden + r * kPanelWidth : s_.zeros;
       y[r] = r < n ? y_.row(token_[first + r]) : s_.padding;
       tail[r] = s_.tail + r * kPanelWidth;
-      sums[r] = &h_sums[r];
-      if (layout_.format == PanelFormat::kInt4) block_sums(h[r], layout_.neurons, &h_sums[r]);
+      blocks[r] = s_.hidden_blocks + r;
+      if (layout_.format == PanelFormat::kInt4)
+        kernels_.prepare(h[r], layout_.neurons, s_.hidden_blocks + r);
     }
     const auto multiply = kernels_.multiply[static_cast<int>(layout_.format)][kernel];
     const float* down_scales = layout_.format == PanelFormat::kInt8
@@ -128,7 +133,7 @@ class DecodePart {
     const auto run = [&](std::int64_t d, std::int64_t panels, float* const* out, bool add) {
       const std::byte* weights =
           call_.experts.panel(panel) + layout_.down_offset() + d * layout_.down_panel_bytes;
-      multiply({weights, down_scales, layout_.neurons, panels, layout_.down_panel_bytes, h, sums,
+      multiply({weights, down_scales, layout_.neurons, panels, layout_.down_panel_bytes, h, blocks,
                 out, add, reinterpret_cast<const char*>(weights) + kPrefetchBytes});
     };
     const std::int64_t D = call_.x.cols, whole = D / kPanelWidth;

@@ -29,12 +29,12 @@ class PanelLoop {
         kernels_(panel_kernels()),
         results_(scratch),
         unpacked_(results_ + result_rows(pass) * kPanelWidth),
-        sums_(unpacked_ + kTileSteps * kPanelWidth),
-        tiles_(sums_ + kMaxPanelRows * num_blocks(x.cols), x.cols) {}
+        blocks_(reinterpret_cast<InputBlock*>(unpacked_ + kTileSteps * kPanelWidth)),
+        tiles_(reinterpret_cast<float*>(blocks_ + kMaxPanelRows * num_blocks(x.cols)), x.cols) {}
 
   static std::int64_t scratch_size(std::int64_t pass, std::int64_t K) {
-    return (result_rows(pass) + kTileSteps) * kPanelWidth + kMaxPanelRows * num_blocks(K) +
-           TiledRows::size(pass, K);
+    return (result_rows(pass) + kTileSteps) * kPanelWidth +
+           kMaxPanelRows * num_blocks(K) * kBlockFloats + TiledRows::size(pass, K);
   }
 
   void run(std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
@@ -44,7 +44,7 @@ class PanelLoop {
       if (!direct)
         tiles_.set_row(r, x_.row(row_begin + r), x_.cols);
       else if (format_ == PanelFormat::kInt4)
-        block_sums(x_.row(row_begin + r), x_.cols, sums_ + r * num_blocks(x_.cols));
+        kernels_.prepare(x_.row(row_begin + r), x_.cols, blocks_ + r * num_blocks(x_.cols));
     }
     for (std::int64_t p = panel_begin; p < panel_end; ++p) {
       if (direct)
@@ -56,6 +56,7 @@ class PanelLoop {
   }
 
  private:
+  static constexpr std::int64_t kBlockFloats = sizeof(InputBlock) / sizeof(float);
   // The last tile's kernel may write rows that nobody asked for.
   static std::int64_t result_rows(std::int64_t pass) {
     return TiledRows::num_tiles(pass) * kTileRows;
@@ -66,17 +67,18 @@ class PanelLoop {
 
   void multiply_direct(std::int64_t p, std::int64_t row_begin, std::int64_t rows) const {
     const int kernel = panel_rows_index(rows);
-    const float *x[kMaxPanelRows], *x_sums[kMaxPanelRows];
+    const float* x[kMaxPanelRows];
+    const InputBlock* blocks[kMaxPanelRows];
     float* out[kMaxPanelRows];
     for (std::int64_t r = 0; r < kPanelRows[kernel]; ++r) {
       const std::int64_t real = std::min(r, rows - 1);
       x[r] = x_.row(row_begin + real);
-      x_sums[r] = sums_ + real * num_blocks(x_.cols);
+      blocks[r] = blocks_ + real * num_blocks(x_.cols);
       out[r] = results_ + r * kPanelWidth;
     }
     const std::byte* panel = packed(p) + scale_bytes(format_);
     kernels_.multiply[static_cast<int>(format_)][kernel](
-        {panel, reinterpret_cast<const float*>(packed(p)), x_.cols, 1, 0, x, x_sums, out, false,
+        {panel, reinterpret_cast<const float*>(packed(p)), x_.cols, 1, 0, x, blocks, out, false,
          reinterpret_cast<const char*>(panel) + kPrefetchBytes});
   }
 
@@ -121,10 +123,10 @@ class PanelLoop {
   bool add_;
   PanelFormat format_;
   const PanelKernels& kernels_;
-  float* results_;   // [rows of a pass, 32]
-  float* unpacked_;  // [kTileSteps, 32]
-  float* sums_;      // [8, ceil(K / 32)] of x, for kInt4
-  TiledRows tiles_;  // x
+  float* results_;      // [rows of a pass, 32]
+  float* unpacked_;     // [kTileSteps, 32]
+  InputBlock* blocks_;  // [8, ceil(K / 32)] x, for kInt4
+  TiledRows tiles_;     // x
 };
 
 }  // namespace

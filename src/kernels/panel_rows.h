@@ -25,14 +25,6 @@ inline int panel_rows_index(std::int64_t m) {
   return index;
 }
 
-/// sums[b] = sum of x over block b of kInt4's steps.
-inline void block_sums(const float* x, std::int64_t steps, float* sums) {
-  for (std::int64_t begin = 0; begin < steps; begin += kInt4Block) {
-    float sum = 0.0f;
-    for (std::int64_t s = begin; s < std::min(begin + kInt4Block, steps); ++s) sum += x[s];
-    sums[begin / kInt4Block] = sum;
-  }
-}
 inline std::int64_t num_blocks(std::int64_t steps) { return (steps + kInt4Block - 1) / kInt4Block; }
 
 /// x in tiles: [tiles][blocks of kTileSteps][kTileRows][kTileStride].

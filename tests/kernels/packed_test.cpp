@@ -170,7 +170,7 @@ TEST(PackedMoeFfn, SkewedRoutingAndEmptyExperts) {
 }
 
 TEST(PanelKernels, EveryInstructionSetMultipliesTiles) {
-  for (const char* isa : {"scalar", "avx2", "avx512", "neon"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
     for (const std::int64_t rows : {4, 8, 12})
@@ -200,7 +200,7 @@ TEST(PanelKernels, EveryInstructionSetMultipliesTiles) {
 }
 
 TEST(PanelKernels, EveryInstructionSetMultipliesBlocks) {
-  for (const char* isa : {"scalar", "avx2", "avx512", "neon"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
     for (const std::int64_t panels : {1, 2})
@@ -289,7 +289,7 @@ TEST(PanelKernels, UnpackAndMultiplyEqualsBoth) {
 
 // Every instruction set that this machine has, against plain loops; all formats, all row counts.
 TEST(PanelKernels, EveryInstructionSetMultipliesAlike) {
-  for (const char* isa : {"scalar", "avx2", "avx512", "neon"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
     for (int f = 0; f < kNumPanelFormats; ++f)
@@ -309,17 +309,19 @@ TEST(PanelKernels, EveryInstructionSetMultipliesAlike) {
           if (kernels->multiply[f][k] == nullptr) continue;
           const OwnedMatrix start = random_matrix(rng, kMaxPanelRows, kPanelWidth);
           OwnedMatrix y = start;
-          const float *rows[kMaxPanelRows], *x_sums[kMaxPanelRows];
-          std::vector<float> sums(kMaxPanelRows * num_blocks(steps));
+          const float* rows[kMaxPanelRows];
+          const InputBlock* blocks[kMaxPanelRows];
+          std::vector<InputBlock> prepared(kMaxPanelRows * num_blocks(steps));
           float* out[kMaxPanelRows];
           for (int r = 0; r < kMaxPanelRows; ++r) {
             rows[r] = x.values.data() + r * steps;
-            x_sums[r] = sums.data() + r * num_blocks(steps);
-            block_sums(rows[r], steps, sums.data() + r * num_blocks(steps));
+            InputBlock* row_blocks = prepared.data() + r * num_blocks(steps);
+            kernels->prepare(rows[r], steps, row_blocks);
+            blocks[r] = row_blocks;
             out[r] = y.values.data() + r * kPanelWidth;
           }
           kernels->multiply[f][k](
-              {panel.data(), scales, steps, 1, 0, rows, x_sums, out, true, nullptr});
+              {panel.data(), scales, steps, 1, 0, rows, blocks, out, true, nullptr});
           for (int r = 0; r < kMaxPanelRows; ++r)
             for (std::int64_t i = 0; i < kPanelWidth; ++i) {
               double sum = start.values[r * kPanelWidth + i], size = std::abs(sum);

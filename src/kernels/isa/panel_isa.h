@@ -30,24 +30,33 @@ inline constexpr int kTileRows = 12;
 inline constexpr std::int64_t kTileSteps = 128;
 inline constexpr std::int64_t kTileStride = kTileSteps + 16;
 
+/// Steps of kInt4 that share a lane's scale.
+inline constexpr std::int64_t kInt4Block = 32;
+
+/// A block of x for kInt4. Beside the floats, x in fixed point: so a lane's nibbles are multiplied
+/// by bytes, two products an addition, and need not become floats first. 24 bits of the block's
+/// largest value: what is rounded off is at most 2^-24 of that, as in a sum of floats.
+struct InputBlock {
+  float sum;                          ///< of the x
+  float scale;                        ///< x = scale * (digits[0] + 2^8 digits[1] + 2^16 digits[2])
+  std::int8_t digits[3][kInt4Block];  ///< of eight steps the even ones, then the odd ones
+  float padding[6];                   ///< to two cache lines
+};
+
 /// y[r][32 i + lane] (+)= sum over s < steps of x[r][s] * weight_i(s)[lane], for panels i.
 struct PanelProduct {
   const void* panel;    ///< the first
   const float* scales;  ///< kInt8: of each lane [32]. kInt4: units of scales and minima [2]
   std::int64_t steps;
-  std::int64_t panels;       ///< how many, side by side in y
-  std::int64_t panel_bytes;  ///< between two of them
-  const float* const* x;     ///< a pointer per row, to `steps` floats
-  const float* const*
-      x_sums;            ///< kInt4: a pointer per row, to the sums of x over blocks of 32 steps
-  float* const* y;       ///< a pointer per row, to 32 * panels floats
-  bool add;              ///< to y; otherwise y is overwritten
+  std::int64_t panels;              ///< how many, side by side in y
+  std::int64_t panel_bytes;         ///< between two of them
+  const float* const* x;            ///< a pointer per row, to `steps` floats
+  const InputBlock* const* blocks;  ///< kInt4: a pointer per row, to x as prepare() gives it
+  float* const* y;                  ///< a pointer per row, to 32 * panels floats
+  bool add;                         ///< to y; otherwise y is overwritten
   const char* prefetch;  ///< what to fetch from memory meanwhile, at the pace of the panel's own
                          ///< bytes; or nullptr
 };
-
-/// Steps of kInt4 that share a lane's scale.
-inline constexpr std::int64_t kInt4Block = 32;
 
 /// y[r][32 i + lane] (+)= sum over s < steps of x[r * kTileStride + s] * panel[i][s][lane].
 struct TileProduct {
@@ -93,6 +102,8 @@ struct UnpackProduct {
 struct PanelKernels {
   /// Indexed by format and row count; nullptr where the format is to be unpacked first.
   void (*multiply[kNumPanelFormats][kNumPanelRows])(const PanelProduct& product);
+  /// blocks [ceil(steps / 32)] = x [steps] for kInt4.
+  void (*prepare)(const float* x, std::int64_t steps, InputBlock* blocks);
   /// Indexed by (rows + 3) / 4 - 1: for tiles of at most 4, 8 and 12 rows; writes that many.
   void (*multiply_tile[kTileRows / 4])(const TileProduct& product);
   /// Indexed by rows - 1.
@@ -118,7 +129,8 @@ const PanelKernels& panel_kernels();
 }
 namespace avx512 {
 const PanelKernels& panel_kernels();
-}
+const PanelKernels& vnni_panel_kernels();  ///< needs AVX512-VNNI as well
+}  // namespace avx512
 namespace neon {
 const PanelKernels& panel_kernels();
 }
