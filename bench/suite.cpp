@@ -17,6 +17,11 @@ namespace {
 
 using Task = std::function<void(std::int64_t)>;
 
+/// Layers that are run one after the other where tokens are few, as a model does while it decodes:
+/// a single call of some hundred microseconds would measure how threads wake up.
+constexpr std::int64_t kDecodeLayers = 8;
+std::int64_t layers_in_a_row(std::int64_t tokens) { return tokens <= 8 ? kDecodeLayers : 1; }
+
 /// Runs a setup's layers in rotation on the same tokens.
 class Runner {
  public:
@@ -26,11 +31,15 @@ class Runner {
     x_ = random_values(n, 4);
     y_.resize(n);
   }
+  void run_layer(std::int64_t layer) {
+    const std::int64_t T = routing_.num_tokens, D = setup_.shape().d_model;
+    moe_ffn(setup_.layer(layer), routing_, 1.0f, {x_.data(), T, D}, {y_.data(), T, D}, workspace_,
+            parallel_);
+  }
   Task task() {
     return [this](std::int64_t round) {
-      const std::int64_t T = routing_.num_tokens, D = setup_.shape().d_model;
-      moe_ffn(setup_.layer(round), routing_, 1.0f, {x_.data(), T, D}, {y_.data(), T, D}, workspace_,
-              parallel_);
+      const std::int64_t n = layers_in_a_row(routing_.num_tokens);
+      for (std::int64_t i = 0; i < n; ++i) run_layer(round * n + i);
     };
   }
 
@@ -125,8 +134,9 @@ class Suite {
       const std::string row = T == 1 ? "C1" : T <= 8 ? "C2" : "C4";
       if (!wanted(row)) continue;
       const Routing routing = random_routing(shape, T, 5);
-      const double active_bytes =
-          touched(shape, routing) * static_cast<double>(sparse.layer(0).bytes());
+      const std::int64_t in_a_row = layers_in_a_row(T);
+      const double active_bytes = static_cast<double>(in_a_row) * touched(shape, routing) *
+                                  static_cast<double>(sparse.layer(0).bytes());
       Runner run_sparse(sparse, routing, parallel());
       Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
       // What the machine gives comes and goes: each round has its own limits.
@@ -141,8 +151,10 @@ class Suite {
                               run_dense.task()};
       for (DenseBaseline* b : {onednn_f32.get(), onednn_bf16.get()})
         if (b != nullptr && T <= 8)
-          tasks.push_back(
-              [&, b](std::int64_t round) { b->run(round % shape.layers, T, x.data(), y.data()); });
+          tasks.push_back([&, b](std::int64_t round) {
+            for (std::int64_t i = 0; i < in_a_row; ++i)
+              b->run((round * in_a_row + i) % shape.layers, T, x.data(), y.data());
+          });
       const auto times = time_in_turn(tasks, T <= 8 ? 31 : 21);
       const std::size_t rounds = times[0].rounds_s.size();
       std::vector<double> shares, read_shares;
@@ -150,7 +162,8 @@ class Suite {
         const std::size_t at = bandwidth.size() - rounds + i;
         const double read = active_bytes / bandwidth[at];
         read_shares.push_back(read / times[0].rounds_s[i]);
-        shares.push_back(std::max(read, flops(shape, T) / peak[at]) / times[0].rounds_s[i]);
+        const double arithmetic = static_cast<double>(in_a_row) * flops(shape, T) / peak[at];
+        shares.push_back(std::max(read, arithmetic) / times[0].rounds_s[i]);
       }
       const std::string at = fmt::format("T = {}", T);
       fmt::print(stderr,
@@ -264,11 +277,15 @@ class Suite {
       std::vector<float> logits(T * routed);
       Workspace workspace;
       Routing ignored;
-      const Task sparse = [&, inner = run_fine.task()](std::int64_t round) {
-        linear(router, {x.data(), T, D}, {}, {logits.data(), T, routed}, false, workspace,
-               parallel());
-        route({logits.data(), T, routed}, shape.active - shape.shared, GateMode::kSoftmax, ignored);
-        inner(round);
+      const Task sparse = [&](std::int64_t round) {
+        const std::int64_t n = layers_in_a_row(T);
+        for (std::int64_t i = 0; i < n; ++i) {
+          linear(router, {x.data(), T, D}, {}, {logits.data(), T, routed}, false, workspace,
+                 parallel());
+          route({logits.data(), T, routed}, shape.active - shape.shared, GateMode::kSoftmax,
+                ignored);
+          run_fine.run_layer(round * n + i);
+        }
       };
       const auto times = time_in_turn({sparse, run_dense.task()}, T == 1 ? 121 : 31);
       fmt::print(stderr, "fine T {}: sparse {:.3f} ms, dense {:.3f} ms\n", T,
