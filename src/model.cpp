@@ -194,6 +194,62 @@ bool Model::cached() const { return impl_->loaded.mapped; }
 int Model::threads() const { return impl_->pool.threads(); }
 ParallelFor Model::parallel() const { return impl_->pool.parallel_for(); }
 
+void Model::check_cache(const char* function, const KvCache& cache, std::int64_t used,
+                        std::int64_t tokens) const {
+  const ModelConfig& c = impl_->config;
+  if (used + tokens > cache.capacity_)
+    fail_argument(
+        "{}: the cache holds {} of {} tokens; {} more do not fit; make it larger or clear() it",
+        function, used, cache.capacity_, tokens);
+  const KvLayout layout = kv_layout(c, cache.capacity_);
+  if (cache.layer_size_ != layout.size() ||
+      cache.memory_.size() * sizeof(KvCache::CacheLine) !=
+          static_cast<std::size_t>(c.num_layers * layout.size()) * sizeof(float))
+    fail_argument("{}: the cache was made for a model of another shape", function);
+}
+
+void Model::embed(std::span<const std::int32_t> tokens, MatrixView<float> x) const {
+  const ModelConfig& c = impl_->config;
+  const auto T = static_cast<std::int64_t>(tokens.size());
+  if (x.rows != T || x.cols != c.hidden_size)
+    fail_argument("Model::embed: x is [{}, {}]; expected [T, D] = [{}, {}]", x.rows, x.cols, T,
+                  c.hidden_size);
+  for (std::int64_t t = 0; t < T; ++t) {
+    if (tokens[t] < 0 || tokens[t] >= c.vocab_size)
+      fail_argument(
+          "Model: token {} has id {}; expected 0 to {}; was the text encoded with another "
+          "tokenizer?",
+          t, tokens[t], c.vocab_size - 1);
+    impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
+  }
+}
+
+void Model::attend(std::int64_t layer, KvCache& cache, MatrixView<float> x,
+                   MatrixView<float> normed) {
+  const ModelConfig& c = impl_->config;
+  const std::int64_t T = x.rows, D = c.hidden_size;
+  const LayerWeights& w = impl_->layer("Model::attend", layer);
+  if (x.cols != D || normed.rows != T || normed.cols != D)
+    fail_argument("Model::attend: x is [{}, {}] and normed [{}, {}]; expected both [T, D = {}]",
+                  x.rows, x.cols, normed.rows, normed.cols, D);
+  check_cache("Model::attend", cache, 0, T);
+  if (T == 0) return;
+  ForwardRoom room(c, T, impl_->forward_memory);
+  room.x = x;
+  for (std::int64_t t = 0; t < T; ++t) impl_->rope.angles(t, room.cosine.row(t), room.sine.row(t));
+  impl_->norm(x, w.input_norm, room.normed);
+  impl_->attend(w, room, 0, kv_layout(c, cache.capacity_), cache.layer(layer));
+  impl_->norm(x, w.post_norm, normed);
+}
+
+void Model::finish(MatrixView<const float> x, MatrixView<float> hidden) {
+  const std::int64_t D = impl_->config.hidden_size;
+  if (x.cols != D || hidden.cols != D || x.rows != hidden.rows)
+    fail_argument("Model::finish: x is [{}, {}] and hidden [{}, {}]; expected both [T, D = {}]",
+                  x.rows, x.cols, hidden.rows, hidden.cols, D);
+  impl_->norm(x, impl_->weights.final_norm, hidden);
+}
+
 void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, MatrixView<float> hidden,
                     const ForwardHooks& hooks) {
   const ModelConfig& c = impl_->config;
@@ -202,30 +258,15 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
   if (hidden.rows != T || hidden.cols != D)
     fail_argument("Model::forward: hidden is [{}, {}]; expected [T, D] = [{}, {}]", hidden.rows,
                   hidden.cols, T, D);
-  if (position + T > cache.capacity_)
-    fail_argument(
-        "Model::forward: the cache holds {} of {} tokens; {} more do not fit; make it "
-        "larger or clear() it",
-        position, cache.capacity_, T);
+  check_cache("Model::forward", cache, position, T);
   const KvLayout layout = kv_layout(c, cache.capacity_);
-  if (cache.layer_size_ != layout.size() ||
-      cache.memory_.size() * sizeof(KvCache::CacheLine) !=
-          static_cast<std::size_t>(c.num_layers * layout.size()) * sizeof(float))
-    fail_argument("Model::forward: the cache was made for a model of another shape");
-  for (std::int64_t t = 0; t < T; ++t)
-    if (tokens[t] < 0 || tokens[t] >= c.vocab_size)
-      fail_argument(
-          "Model::forward: token {} has id {}; expected 0 to {}; was the text encoded "
-          "with another tokenizer?",
-          t, tokens[t], c.vocab_size - 1);
-  if (T == 0) return;
 
   const ForwardRoom room(c, T, impl_->forward_memory);
   const MatrixView<float> x = room.x, normed = room.normed, branch = room.branch;
-  for (std::int64_t t = 0; t < T; ++t) {
-    impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
+  embed(tokens, x);
+  if (T == 0) return;
+  for (std::int64_t t = 0; t < T; ++t)
     impl_->rope.angles(position + t, room.cosine.row(t), room.sine.row(t));
-  }
   for (std::int64_t l = 0; l < c.num_layers; ++l) {
     const LayerWeights& w = impl_->weights.layers[l];
     impl_->norm(x, w.input_norm, normed);
@@ -235,7 +276,9 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
     // Not straight into x: the kernels add in many small parts, each of which would round to the
     // last digit of a residual that is a thousand times as large in some columns.
     std::fill_n(branch.data, T * D, 0.0f);
-    if (const auto* dense = std::get_if<PackedExperts>(&w.ffn)) {
+    if (hooks.ffn && hooks.ffn(l, normed, branch)) {
+      // done
+    } else if (const auto* dense = std::get_if<PackedExperts>(&w.ffn)) {
       cleave::dense_ffn(*dense, normed, branch, impl_->workspace, parallel());
     } else {
       impl_->run_experts(std::get<PackedMoe>(w.ffn), normed, branch);

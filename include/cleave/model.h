@@ -71,6 +71,9 @@ struct ForwardHooks {
   std::function<void(std::int64_t layer, MatrixView<const float> input)> ffn_input;
   /// After each MoE layer: the routing of this call.
   std::function<void(std::int64_t layer, const Routing& routing)> routing;
+  /// In place of a layer's FFN: adds its output to y [T, D], which holds zeros, and returns true;
+  /// or returns false, and the layer's own FFN runs. For what no weights hold, such as oracles.
+  std::function<bool(std::int64_t layer, MatrixView<const float> input, MatrixView<float> y)> ffn;
 };
 
 /// A decoder-only transformer, without LibTorch: RMSNorm, rotary positions,
@@ -105,6 +108,20 @@ class Model {
   /// needed are computed, and in pieces (V is large).
   void logits(MatrixView<const float> hidden, MatrixView<float> out);
 
+  // The same pass in steps, for those who need all tokens of a text in one layer before the next
+  // (a conversion that lets every layer see what the converted ones before it produce):
+  //   embed(tokens, x); for each l: attend(l, cache, x, normed), x += FFN(normed); finish(x,
+  //   hidden)
+
+  /// x [T, D], written: the embedding rows. @throws InvalidArgument  an id out of range
+  void embed(std::span<const std::int32_t> tokens, MatrixView<float> x) const;
+  /// One window through one layer's attention: x += attention(norm(x)), and `normed` receives the
+  /// norm of that, which is what the layer's FFN reads. The window starts at position 0.
+  ///   x [T, D]   normed [T, D], written   cache: room for T tokens; what it holds is overwritten
+  void attend(std::int64_t layer, KvCache& cache, MatrixView<float> x, MatrixView<float> normed);
+  /// hidden = final norm of x. Both [T, D]; may be the same.
+  void finish(MatrixView<const float> x, MatrixView<float> hidden);
+
   /// The FFN of a layer that is dense, as the kernels see it: exact with float32 weights.
   /// @throws InvalidArgument  the layer holds experts
   DenseFfn dense_ffn(std::int64_t layer) const;
@@ -117,6 +134,8 @@ class Model {
 
  private:
   struct Impl;
+  void check_cache(const char* function, const KvCache& cache, std::int64_t used,
+                   std::int64_t tokens) const;
   explicit Model(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

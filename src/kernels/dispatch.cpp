@@ -15,6 +15,7 @@ struct Isa {
   const IsaKernels* kernels;
   const PanelKernels* panels;
   const RowKernels* rows;
+  const GramKernels* grams;
   bool supported;
 };
 
@@ -30,16 +31,19 @@ std::vector<Isa> all_isas() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   isas.push_back({"avx512vnni", &avx512::kernels(), &avx512::vnni_panel_kernels(),
-                  &avx512::row_kernels(), avx512 && __builtin_cpu_supports("avx512vnni")});
-  isas.push_back(
-      {"avx512", &avx512::kernels(), &avx512::panel_kernels(), &avx512::row_kernels(), avx512});
-  isas.push_back({"avx2", &avx2::kernels(), &avx2::panel_kernels(), &avx2::row_kernels(), avx2});
+                  &avx512::row_kernels(), &avx512::gram_kernels(),
+                  avx512 && __builtin_cpu_supports("avx512vnni")});
+  isas.push_back({"avx512", &avx512::kernels(), &avx512::panel_kernels(), &avx512::row_kernels(),
+                  &avx512::gram_kernels(), avx512});
+  isas.push_back({"avx2", &avx2::kernels(), &avx2::panel_kernels(), &avx2::row_kernels(),
+                  &avx2::gram_kernels(), avx2});
 #endif
 #ifdef CLEAVE_HAVE_NEON_ISA  // which every 64-bit ARM has
-  isas.push_back({"neon", &neon::kernels(), &neon::panel_kernels(), &neon::row_kernels(), true});
+  isas.push_back({"neon", &neon::kernels(), &neon::panel_kernels(), &neon::row_kernels(),
+                  &neon::gram_kernels(), true});
 #endif
-  isas.push_back(
-      {"scalar", &scalar::kernels(), &scalar::panel_kernels(), &scalar::row_kernels(), true});
+  isas.push_back({"scalar", &scalar::kernels(), &scalar::panel_kernels(), &scalar::row_kernels(),
+                  &scalar::gram_kernels(), true});
   return isas;
 }
 
@@ -69,6 +73,7 @@ const char* isa_name() { return chosen_isa().name; }
 const IsaKernels& isa_kernels() { return *chosen_isa().kernels; }
 const PanelKernels& panel_kernels() { return *chosen_isa().panels; }
 const RowKernels& row_kernels() { return *chosen_isa().rows; }
+const GramKernels& gram_kernels() { return *chosen_isa().grams; }
 
 const IsaKernels* find_isa_kernels(const char* name) {
   for (const Isa& isa : all_isas())
@@ -85,6 +90,12 @@ const PanelKernels* find_panel_kernels(const char* name) {
 const RowKernels* find_row_kernels(const char* name) {
   for (const Isa& isa : all_isas())
     if (isa.supported && isa.name == std::string(name)) return isa.rows;
+  return nullptr;
+}
+
+const GramKernels* find_gram_kernels(const char* name) {
+  for (const Isa& isa : all_isas())
+    if (isa.supported && isa.name == std::string(name)) return isa.grams;
   return nullptr;
 }
 

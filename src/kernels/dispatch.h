@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cleave/kernels.h"
+#include "kernels/isa/gram_isa.h"
 #include "kernels/isa/linear_isa.h"
 #include "kernels/isa/panel_isa.h"
 #include "kernels/isa/row_isa.h"
@@ -15,11 +16,14 @@ const IsaKernels& isa_kernels();
 const PanelKernels& panel_kernels();
 /// The same for rows of numbers.
 const RowKernels& row_kernels();
+/// The same for closed-form fits.
+const GramKernels& gram_kernels();
 
 /// The kernels of a set by its name, or nullptr if this CPU or this build lacks it.
 const IsaKernels* find_isa_kernels(const char* name);
 const PanelKernels* find_panel_kernels(const char* name);
 const RowKernels* find_row_kernels(const char* name);
+const GramKernels* find_gram_kernels(const char* name);
 
 inline ConstMatrix plain(MatrixView<const float> m) {
   return {m.data, m.rows, m.cols, m.row_stride};
