@@ -49,6 +49,30 @@ class RouterFit {
 void expert_output_norms(const ExpertBank& bank, MatrixView<const float> x, MatrixView<float> norms,
                          const ParallelFor& parallel);
 
+struct RouterTrainSpec {
+  std::int64_t steps = 200;   ///< of Adam
+  std::int64_t batch = 2048;  ///< tokens a step, drawn with replacement
+  double rate = 3e-3;         ///< falls to 0 linearly; logits have standard deviation 1
+  double temperature = 0.3;   ///< how soft the border between chosen and not is, in logits
+  std::uint64_t seed = 0;
+};
+
+/// Improves a linear router without the model's gradients: ascends the gain that its K experts
+/// collect,
+///   sum over t, e of (gain[t,e] - g_t) * sigmoid((logit[t,e] - z_t) / temperature),
+/// where z_t and g_t are the borders between the K-th and the next logit and gain of token t. Only
+/// experts near the border move it, by what a wrong choice there costs; ridge regression spends
+/// itself on all of them alike. The result's logits have a standard deviation of about 1.
+///
+/// @param x      [T, D] the layer's inputs
+/// @param gain   [T, E] what a token wins by an expert (its energy, say), weights included
+/// @param start  where it starts from: RouterFit::solve()'s, say
+/// @throws InvalidArgument  shapes disagree, K outside [1, E], no token, or a value not finite
+/// Source: docs/methods/conversion.md; the aim is D2DMoE's (arXiv:2310.04361), the border ours.
+LinearRouter train_router(MatrixView<const float> x, MatrixView<const float> gain,
+                          std::int64_t experts_per_token, const LinearRouter& start,
+                          const RouterTrainSpec& spec, const ParallelFor& parallel);
+
 /// A router of independent normal entries (mean 0, given standard deviation), as FactorLLM starts.
 LinearRouter random_router(std::int64_t num_experts, std::int64_t d_model, std::uint64_t seed,
                            double std_dev = 0.02);
