@@ -71,7 +71,7 @@ ModelFiles open_files(const fs::path& path) {
 DType matrix_dtype(const std::vector<TensorInfo>& infos, DType otherwise) {
   std::map<DType, std::int64_t> elements;
   for (const TensorInfo& info : infos)
-    if (info.shape.size() == 2 && info.name.starts_with("model.layers."))
+    if (info.shape.size() >= 2 && info.name.starts_with("model.layers."))
       elements[info.dtype] += info.num_elements();
   const auto most =
       std::max_element(elements.begin(), elements.end(),

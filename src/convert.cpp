@@ -274,18 +274,24 @@ void write_conversion(const std::filesystem::path& out, const Checkpoint& source
   provenance.folded_scale = folded_scale(first);
   provenance.router_epsilon = first.gate == GateMode::kHard ? kHardGateEpsilon : 1.0;
   provenance.router = conversion.router;
-  WriteSpec resolved = write;
+  const std::int64_t E = first.experts.num_experts(), I = first.experts.width(0);
+  const std::int64_t shared = first.shared.rows();
+  provenance.shared_width = shared;
+  provenance.shared_experts = shared % I == 0 ? shared / I : 0;
   for (const MoeLayer& layer : conversion.layers) {
     provenance.neuron_order.push_back(layer.experts.neuron_order);
-    // One layer whose scale is no power of two is enough for the rounding to matter.
-    if (!write.dtype && resolved.dtype != DType::kF32)
-      resolved.dtype = default_write_dtype(source.config(), folded_scale(layer));
+    if (shared > 0) provenance.shared_neurons.push_back(layer.shared.neuron_order);
   }
   provenance.spec_json = settings_of(spec_json, conversion).dump();
-  const auto tensors = mixtral_tensors(source, conversion.layers);
-  write_mixtral(out, source,
-                {first.experts.num_experts(), first.experts_per_token, first.experts.width(0)},
-                tensors, provenance, resolved);
+  WriteSpec resolved = write;
+  if (!write.dtype) resolved.dtype = default_write_dtype(source.config(), conversion.layers);
+  if (shared > 0)
+    write_granite_moe_shared(out, source, {E, first.experts_per_token, I, shared},
+                             granite_moe_shared_tensors(source, conversion.layers), provenance,
+                             resolved);
+  else
+    write_mixtral(out, source, {E, first.experts_per_token, I},
+                  mixtral_tensors(source, conversion.layers), provenance, resolved);
 }
 
 }  // namespace cleave

@@ -45,6 +45,17 @@ void visit_experts(const ModelConfig& c, std::int64_t layer, const Visit& visit)
   }
 }
 
+void visit_fused_experts(const ModelConfig& c, std::int64_t layer, const Visit& visit) {
+  const std::int64_t E = c.num_experts, D = c.hidden_size, I = c.intermediate_size;
+  visit({GraniteMoeNames::router(layer), {E, D}});
+  visit({GraniteMoeNames::input(layer), {E, 2 * I, D}});
+  visit({GraniteMoeNames::output(layer), {E, D, I}});
+  const std::int64_t shared = c.shared_intermediate_size;
+  if (shared == 0) return;
+  visit({GraniteMoeNames::shared_input(layer), {2 * shared, D}});
+  visit({GraniteMoeNames::shared_output(layer), {D, shared}});
+}
+
 /// A visitor, so that a check can stop at the first fault: a forged layer count of 2^30 must not
 /// become a list.
 void visit_tensors(const ModelConfig& c, const Visit& visit) {
@@ -54,10 +65,12 @@ void visit_tensors(const ModelConfig& c, const Visit& visit) {
     visit({prefix + "input_layernorm.weight", {c.hidden_size}});
     visit_attention(c, prefix, visit);
     visit({prefix + "post_attention_layernorm.weight", {c.hidden_size}});
-    if (c.is_moe())
-      visit_experts(c, layer, visit);
-    else
+    if (!c.is_moe())
       visit_dense_ffn(c, prefix, visit);
+    else if (has_fused_experts(c.family))
+      visit_fused_experts(c, layer, visit);
+    else
+      visit_experts(c, layer, visit);
   }
   visit({"model.norm.weight", {c.hidden_size}});
   if (!c.tie_word_embeddings) visit({"lm_head.weight", {c.vocab_size, c.hidden_size}});
@@ -81,6 +94,22 @@ std::string MixtralNames::down(std::int64_t layer, std::int64_t expert) {
 }
 std::string MixtralNames::up(std::int64_t layer, std::int64_t expert) {
   return expert_name(layer, expert, "w3");
+}
+
+std::string GraniteMoeNames::router(std::int64_t layer) {
+  return fmt::format("model.layers.{}.block_sparse_moe.router.layer.weight", layer);
+}
+std::string GraniteMoeNames::input(std::int64_t layer) {
+  return fmt::format("model.layers.{}.block_sparse_moe.input_linear.weight", layer);
+}
+std::string GraniteMoeNames::output(std::int64_t layer) {
+  return fmt::format("model.layers.{}.block_sparse_moe.output_linear.weight", layer);
+}
+std::string GraniteMoeNames::shared_input(std::int64_t layer) {
+  return fmt::format("model.layers.{}.shared_mlp.input_linear.weight", layer);
+}
+std::string GraniteMoeNames::shared_output(std::int64_t layer) {
+  return fmt::format("model.layers.{}.shared_mlp.output_linear.weight", layer);
 }
 
 std::vector<ExpectedTensor> decoder_tensors(const ModelConfig& config) {

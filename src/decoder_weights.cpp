@@ -78,7 +78,8 @@ LayerWeights DecoderPacker::layer(std::int64_t l) const {
   w.output = linear(attention + "o_proj.weight", type_);
   if (c_.attention_bias) w.output_bias = floats(attention + "o_proj.bias");
   if (c_.is_moe())
-    w.ffn = pack(moe_layer(l), type_, parallel_);
+    w.ffn =
+        pack(has_fused_experts(c_.family) ? fused_moe_layer(l) : moe_layer(l), type_, parallel_);
   else
     w.ffn = PackedExperts(dense_ffn(prefix + "mlp.").view(), type_, parallel_);
   return w;
@@ -99,31 +100,76 @@ DenseFfn DecoderPacker::dense_ffn(const std::string& prefix) const {
   return ffn;
 }
 
-// The checkpoint does not tell which dense neuron a row came from (cleave.json may): the order of
-// its own rows is the dense order of what it says.
+namespace {
+
+/// A bank of E experts of I neurons, matrices still to be filled. The checkpoint does not tell
+/// which dense neuron a row came from (cleave.json may): the order of its own rows is the dense
+/// order of what it says.
+ExpertBank empty_bank(std::int64_t E, std::int64_t I, std::int64_t D, Activation activation) {
+  ExpertBank bank;
+  bank.d_model = D;
+  bank.dense_hidden = E * I;
+  bank.activation = activation;
+  bank.neuron_order.resize(E * I);
+  std::iota(bank.neuron_order.begin(), bank.neuron_order.end(), 0);
+  for (std::int64_t e = 0; e <= E; ++e) bank.begin.push_back(e * I);
+  bank.down_t.resize(E * I * D);
+  return bank;
+}
+
+/// [D, I] of a checkpoint to rows [I, D].
+void transpose_down(const float* down, std::int64_t D, std::int64_t I, float* rows) {
+  for (std::int64_t c = 0; c < D; ++c)
+    for (std::int64_t j = 0; j < I; ++j) rows[j * D + c] = down[c * I + j];
+}
+
+}  // namespace
+
 MoeLayer DecoderPacker::moe_layer(std::int64_t l) const {
   const std::int64_t E = c_.num_experts, I = c_.intermediate_size, D = c_.hidden_size;
   MoeLayer layer;
   ExpertBank& bank = layer.experts;
-  bank.d_model = D;
-  bank.dense_hidden = E * I;
-  bank.activation = c_.activation;
-  bank.neuron_order.resize(E * I);
-  std::iota(bank.neuron_order.begin(), bank.neuron_order.end(), 0);
-  bank.down_t.resize(E * I * D);
+  bank = empty_bank(E, I, D, c_.activation);
   for (std::int64_t e = 0; e < E; ++e) {
-    bank.begin.push_back(e * I);
     append(MixtralNames::gate(l, e), bank.gate);
     append(MixtralNames::up(l, e), bank.up);
     const std::vector<float> down = floats(MixtralNames::down(l, e));
-    float* rows = bank.down_t.data() + e * I * D;
-    for (std::int64_t c = 0; c < D; ++c)
-      for (std::int64_t j = 0; j < I; ++j) rows[j * D + c] = down[c * I + j];
+    transpose_down(down.data(), D, I, bank.down_t.data() + e * I * D);
   }
-  bank.begin.push_back(E * I);
   layer.router = {E, D, floats(MixtralNames::router(l))};
   layer.experts_per_token = c_.experts_per_token;
   return layer;
+}
+
+MoeLayer DecoderPacker::fused_moe_layer(std::int64_t l) const {
+  const std::int64_t E = c_.num_experts;
+  MoeLayer layer;
+  layer.experts = fused_bank(GraniteMoeNames::input(l), GraniteMoeNames::output(l), E);
+  if (c_.shared_intermediate_size > 0)
+    layer.shared =
+        fused_bank(GraniteMoeNames::shared_input(l), GraniteMoeNames::shared_output(l), 1);
+  layer.router = {E, c_.hidden_size, floats(GraniteMoeNames::router(l))};
+  layer.experts_per_token = c_.experts_per_token;
+  return layer;
+}
+
+/// Experts out of [E, 2I, D], gate rows before up rows, and [E, D, I]; without the first axis one.
+ExpertBank DecoderPacker::fused_bank(const std::string& input, const std::string& output,
+                                     std::int64_t num_experts) const {
+  const std::int64_t D = c_.hidden_size, I = source_.info(output).shape.back();
+  ExpertBank bank = empty_bank(num_experts, I, D, c_.activation);
+  {
+    const std::vector<float> gate_up = floats(input);
+    for (std::int64_t e = 0; e < num_experts; ++e) {
+      const auto gate = gate_up.begin() + e * 2 * I * D, up = gate + I * D;
+      bank.gate.insert(bank.gate.end(), gate, up);
+      bank.up.insert(bank.up.end(), up, up + I * D);
+    }
+  }
+  const std::vector<float> down = floats(output);
+  for (std::int64_t e = 0; e < num_experts; ++e)
+    transpose_down(down.data() + e * D * I, D, I, bank.down_t.data() + e * I * D);
+  return bank;
 }
 
 void DecoderPacker::append(const std::string& name, std::vector<float>& to) const {
@@ -135,8 +181,11 @@ void DecoderPacker::append(const std::string& name, std::vector<float>& to) cons
 
 PackedMoe pack(const MoeLayer& layer, WeightType type, const ParallelFor& parallel) {
   return {PackedExperts(layer.experts, type, parallel),
-          PackedLinear(layer.router.view(), WeightType::kF32, parallel), layer.experts_per_token,
-          layer.gate, layer.scale};
+          PackedLinear(layer.router.view(), WeightType::kF32, parallel),
+          layer.experts_per_token,
+          layer.gate,
+          layer.scale,
+          layer.shared.rows() > 0 ? PackedExperts(layer.shared, type, parallel) : PackedExperts()};
 }
 
 LoadedDecoder load_decoder(const Checkpoint& checkpoint, WeightType type, const CacheSpec& cache,

@@ -20,6 +20,7 @@ struct PackedMoe {
   std::int64_t experts_per_token = 0;
   GateMode gate = GateMode::kSoftmax;
   float scale = 1.0f;
+  PackedExperts shared;  ///< one expert, or none
 };
 
 /// Weights of one decoder layer. Row order and shapes as in HuggingFace checkpoints.
@@ -69,6 +70,9 @@ class DecoderPacker {
   PackedLinear stacked(const std::vector<std::string>& names) const;
   DenseFfn dense_ffn(const std::string& prefix) const;
   MoeLayer moe_layer(std::int64_t l) const;
+  MoeLayer fused_moe_layer(std::int64_t l) const;
+  ExpertBank fused_bank(const std::string& input, const std::string& output,
+                        std::int64_t num_experts) const;
   void append(const std::string& name, std::vector<float>& to) const;
 
   const Checkpoint& source_;

@@ -9,6 +9,7 @@
 #include "decoder_weights.h"
 #include "fail.h"
 #include "kernels/dispatch.h"
+#include "moe_layer_check.h"
 #include "support/huge_pages.h"
 #include "support/thread_pool.h"
 
@@ -105,7 +106,7 @@ struct Model::Impl {
   /// room.x += attention(room.normed), and the layer's part of the cache is filled.
   void attend(const LayerWeights& w, const ForwardRoom& room, std::int64_t position,
               const KvLayout& layout, float* cache);
-  /// y += the layer's experts on `normed`; `routing` tells which.
+  /// y += the layer's experts, shared ones included, on `normed`; `routing` tells which.
   void run_experts(const PackedMoe& moe, MatrixView<const float> normed, MatrixView<float> y);
   /// Rotates and scales q in place; rotates k and moves k and v into the cache.
   void rotate_and_store(const ForwardRoom& room, std::int64_t position, const KvLayout& layout,
@@ -175,6 +176,8 @@ void Model::Impl::run_experts(const PackedMoe& moe, MatrixView<const float> norm
       {.experts_per_token = moe.experts_per_token, .mode = moe.gate, .threshold = router_threshold},
       routing);
   moe_ffn(moe.experts, routing, moe.scale, normed, y, workspace, pool.parallel_for());
+  if (moe.shared.num_experts() > 0)
+    cleave::dense_ffn(moe.shared, normed, y, workspace, pool.parallel_for());
   if (moe.experts.down_bias().empty()) return;
   for (std::int64_t t = 0; t < y.rows; ++t)
     isa_kernels().add(moe.experts.down_bias().data(), y.row(t), y.cols);
@@ -331,7 +334,7 @@ std::int64_t Model::weight_bytes() const {
   for (const LayerWeights& layer : w.layers) {
     bytes += layer.qkv.bytes() + layer.output.bytes();
     if (const auto* moe = std::get_if<PackedMoe>(&layer.ffn))
-      bytes += moe->experts.bytes() + moe->router.bytes();
+      bytes += moe->experts.bytes() + moe->shared.bytes() + moe->router.bytes();
     else
       bytes += std::get<PackedExperts>(layer.ffn).bytes();
   }
@@ -343,6 +346,7 @@ void Model::set_moe(std::int64_t layer, const MoeLayer& moe) {
   if (moe.experts.d_model != impl_->config.hidden_size)
     fail_argument("Model::set_moe: the experts have width D = {}, the model {}",
                   moe.experts.d_model, impl_->config.hidden_size);
+  check_shared("Model::set_moe", moe);
   impl_->weights.layers[layer].ffn = pack(moe, impl_->type, parallel());
 }
 

@@ -23,40 +23,62 @@ std::string gate_sentence(const Provenance& p) {
       p.router_epsilon, p.folded_scale);
 }
 
+std::string origin_paragraph(const ModelConfig& c, const Provenance& p) {
+  if (!c.is_moe())
+    return fmt::format(
+        "A dense model made from `{}` by cleave {}: its feed-forward layers have {} hidden "
+        "neurons.",
+        p.source, p.tool_version, c.intermediate_size);
+  std::string text = fmt::format(
+      "A mixture of experts made from the dense model `{}` by cleave {}: the hidden neurons of\n"
+      "every feed-forward layer are divided among {} experts, of which {} run for each token",
+      p.source, p.tool_version, c.num_experts, c.experts_per_token);
+  if (c.shared_intermediate_size > 0)
+    text += fmt::format(",\nand {} shared neurons, which always run", c.shared_intermediate_size);
+  return text + ".";
+}
+
+std::string facts_table(const ModelConfig& c, const Provenance& p) {
+  const ModelCost cost = model_cost(c);
+  std::string table = fmt::format("| | |\n|---|---|\n| layers | {} |\n", c.num_layers);
+  const auto row = [&](const char* name, const auto& value) {
+    table += fmt::format("| {} | {} |\n", name, value);
+  };
+  if (c.is_moe()) {
+    row("experts per layer (E)", c.num_experts);
+    row("experts per token (K)", c.experts_per_token);
+    row("neurons per expert (I)", c.intermediate_size);
+    if (c.shared_intermediate_size > 0) row("shared neurons", c.shared_intermediate_size);
+  } else {
+    row("neurons (H)", c.intermediate_size);
+  }
+  row("parameters", cost.parameters);
+  if (c.is_moe()) row("parameters active per token", cost.active_parameters);
+  row("partition of the neurons", fmt::format("{} (seed {})", p.partition, p.seed));
+  if (c.is_moe()) row("router", p.router);
+  row("SHA-256 of the source's weights", fmt::format("`{}`", p.source_sha256));
+  return table;
+}
+
 }  // namespace
 
 std::string model_card(const std::string& name, const ModelConfig& c, const Provenance& p) {
-  const ModelCost cost = model_cost(c);
   return fmt::format(
       R"(---
 base_model: {base}
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- mixture-of-experts
-- mixtral
+{experts_tag}- {family}
 - cleave
 ---
 
 # {name}
 
-A mixture of experts made from the dense model `{source}` by cleave {version}: the hidden neurons of
-every feed-forward layer are divided among {experts} experts, of which {active} run for each token.
+{origin}
 
-| | |
-|---|---|
-| layers | {layers} |
-| experts per layer (E) | {experts} |
-| experts per token (K) | {active} |
-| neurons per expert (I) | {width} |
-| parameters | {parameters} |
-| parameters active per token | {active_parameters} |
-| partition of the neurons | {partition} (seed {seed}) |
-| router | {router} |
-| SHA-256 of the source's weights | `{sha}` |
-
-{gate}
-`cleave.json` holds every setting and the origin of every neuron. License and terms are those of the
+{facts}
+{gate}`cleave.json` holds every setting and the origin of every neuron. License and terms are those of the
 source model.
 
 ## Use
@@ -76,13 +98,11 @@ With cleave:
 cleave generate {name} --prompt "Once upon a time"
 ```
 )",
-      fmt::arg("base", yaml_string(p.source)), fmt::arg("name", name), fmt::arg("source", p.source),
-      fmt::arg("version", p.tool_version), fmt::arg("experts", c.num_experts),
-      fmt::arg("active", c.experts_per_token), fmt::arg("layers", c.num_layers),
-      fmt::arg("width", c.intermediate_size), fmt::arg("parameters", cost.parameters),
-      fmt::arg("active_parameters", cost.active_parameters), fmt::arg("partition", p.partition),
-      fmt::arg("seed", p.seed), fmt::arg("router", p.router), fmt::arg("sha", p.source_sha256),
-      fmt::arg("gate", gate_sentence(p)));
+      fmt::arg("base", yaml_string(p.source)),
+      fmt::arg("experts_tag", c.is_moe() ? "- mixture-of-experts\n" : ""),
+      fmt::arg("family", family_name(c.family)), fmt::arg("name", name),
+      fmt::arg("origin", origin_paragraph(c, p)), fmt::arg("facts", facts_table(c, p)),
+      fmt::arg("gate", c.is_moe() ? gate_sentence(p) + "\n" : ""));
 }
 
 }  // namespace cleave

@@ -11,7 +11,8 @@
 namespace cleave {
 namespace {
 
-constexpr const char* kSupportedFamilies = "llama, mistral and mixtral";
+constexpr const char* kSupportedFamilies =
+    "llama, mistral, mixtral, granitemoe and granitemoeshared";
 
 /// What Transformers assumes for a key that config.json leaves out; the classes differ.
 struct FamilyDefaults {
@@ -24,11 +25,16 @@ struct FamilyDefaults {
   double rope_theta;
   std::int64_t sliding_window;
 };
-constexpr std::array<FamilyDefaults, 3> kFamilies = {{
+constexpr std::array<FamilyDefaults, 5> kFamilies = {{
     {Family::kLlama, "llama", "LlamaForCausalLM", std::nullopt, 2048, 1e-6, 1e4, 0},
     {Family::kMistral, "mistral", "MistralForCausalLM", 8, 131072, 1e-6, 1e4, 4096},
     {Family::kMixtral, "mixtral", "MixtralForCausalLM", 8, 131072, 1e-5, 1e6, 0},
+    {Family::kGraniteMoe, "granitemoe", "GraniteMoeForCausalLM", std::nullopt, 2048, 1e-6, 1e4, 0},
+    {Family::kGraniteMoeShared, "granitemoeshared", "GraniteMoeSharedForCausalLM", std::nullopt,
+     2048, 1e-6, 1e4, 0},
 }};
+
+bool has_experts(Family family) { return family == Family::kMixtral || has_fused_experts(family); }
 
 const FamilyDefaults& read_family(const JsonReader& json) {
   const auto model_type = json.string("model_type");
@@ -160,16 +166,39 @@ void read_shapes(const JsonReader& json, const FamilyDefaults& family, ModelConf
           json.origin(), config.hidden_size, config.num_heads);
     config.head_dim = config.hidden_size / config.num_heads;
   }
-  if (config.family == Family::kMixtral) {
-    config.num_experts = json.integer("num_local_experts").value_or(8);
-    config.experts_per_token = json.integer("num_experts_per_tok").value_or(2);
-    if (config.num_experts < 1)
-      fail_file("{}: num_local_experts is {}; expected at least 1", json.origin(),
-                config.num_experts);
-  }
+  if (!has_experts(config.family)) return;
+  config.num_experts = json.integer("num_local_experts").value_or(8);
+  config.experts_per_token = json.integer("num_experts_per_tok").value_or(2);
+  if (config.num_experts < 1)
+    fail_file("{}: num_local_experts is {}; expected at least 1", json.origin(),
+              config.num_experts);
+  // Required, because its default differs between versions of Transformers (1024, then 0).
+  if (config.family == Family::kGraniteMoeShared)
+    config.shared_intermediate_size = required(json, "shared_intermediate_size");
+}
+
+/// Granite's classes are Llama's with four multipliers. They are not computed here: only the values
+/// with which they do nothing (or, of attention, what Llama does) are accepted.
+void check_granite_multipliers(const JsonReader& json, const ModelConfig& config) {
+  for (const char* key : {"embedding_multiplier", "residual_multiplier", "logits_scaling"})
+    if (json.number(key).value_or(1.0) != 1.0)
+      json.fail_type(key, "1 (other values are not supported)");
+  const double expected = 1.0 / std::sqrt(static_cast<double>(config.head_dim));
+  const double scaling = json.number("attention_multiplier").value_or(1.0);
+  if (!(std::abs(scaling - expected) <= 1e-6 * expected))
+    fail_file(
+        "{}: attention_multiplier is {}{}; expected head_dim^-0.5 = {} (other values are not "
+        "supported)",
+        json.origin(), scaling, json.has("attention_multiplier") ? "" : " by default", expected);
+  if (json.string("position_embedding_type").value_or("rope") != "rope")
+    json.fail_type("position_embedding_type", "rope");
 }
 
 }  // namespace
+
+bool has_fused_experts(Family family) {
+  return family == Family::kGraniteMoe || family == Family::kGraniteMoeShared;
+}
 
 const char* family_name(Family family) {
   for (const FamilyDefaults& known : kFamilies)
@@ -204,6 +233,7 @@ ModelConfig parse_model_config(const std::string& json_text, const std::string& 
   config.pad_token_id = read_token_id(json, "pad_token_id");
   config.dtype = read_dtype(json);
   check_model_config(config, origin);
+  if (has_fused_experts(config.family)) check_granite_multipliers(json, config);
   return config;
 }
 
@@ -216,6 +246,7 @@ ModelCost model_cost(const ModelConfig& c) {
   const std::int64_t expert_macs = 3 * c.hidden_size * c.intermediate_size;
   const std::int64_t expert =
       expert_macs + (c.mlp_bias ? 2 * c.intermediate_size + c.hidden_size : 0);
+  const std::int64_t shared_macs = 3 * c.hidden_size * c.shared_intermediate_size;
   const std::int64_t router = c.num_experts * c.hidden_size;
   const std::int64_t stored = c.is_moe() ? c.num_experts : 1;
   const std::int64_t active = c.is_moe() ? c.experts_per_token : 1;
@@ -223,12 +254,15 @@ ModelCost model_cost(const ModelConfig& c) {
   const std::int64_t head = c.vocab_size * c.hidden_size;
 
   ModelCost cost;
-  cost.ffn_parameters = c.num_layers * (stored * expert + router);
+  cost.ffn_parameters = c.num_layers * (stored * expert + shared_macs + router);
   cost.parameters = c.num_layers * (attention + norms) + cost.ffn_parameters + c.hidden_size +
                     head * (c.tie_word_embeddings ? 1 : 2);
   cost.active_parameters =
-      c.num_layers * (attention + norms + active * expert + router) + c.hidden_size + head;
-  cost.ffn_macs_per_token = c.num_layers * active * expert_macs;
+      c.num_layers * (attention + norms + active * expert + shared_macs + router) + c.hidden_size +
+      head;
+  cost.ffn_macs_per_token = c.num_layers * (active * expert_macs + shared_macs);
+  cost.shared_macs_per_token = c.num_layers * shared_macs;
+  cost.whole_ffn_macs = c.num_layers * (stored * expert_macs + shared_macs);
   cost.router_macs_per_token = c.num_layers * router;
   cost.macs_per_token =
       c.num_layers * attention_macs + cost.ffn_macs_per_token + cost.router_macs_per_token + head;

@@ -58,6 +58,11 @@ void check_model_config(const ModelConfig& c, const std::string& origin) {
     fail_file("{}: sliding_window is {}; expected null or a positive number", origin,
               c.sliding_window);
   check_rope(c.rope, origin);
+  if (c.shared_intermediate_size < 0 || c.shared_intermediate_size >= std::int64_t{1} << 31)
+    fail_file("{}: shared_intermediate_size is {}; expected 0 (none) or a number below 2^31",
+              origin, c.shared_intermediate_size);
+  if (c.num_experts >= std::int64_t{1} << 31)
+    fail_file("{}: num_local_experts is {}; expected a number below 2^31", origin, c.num_experts);
   if (c.is_moe() && (c.experts_per_token < 1 || c.experts_per_token > c.num_experts))
     fail_file("{}: num_experts_per_tok is {} with {} experts; expected 1 to {}", origin,
               c.experts_per_token, c.num_experts, c.num_experts);

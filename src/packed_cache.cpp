@@ -58,26 +58,29 @@ class Assembler {
     if (c_.attention_bias) w.output_bias = floats(prefix + "output_bias", D);
     w.post_norm = floats(prefix + "post_norm", D);
     if (!c_.is_moe()) {
-      w.ffn = experts(prefix, 1);
+      w.ffn = experts(prefix, "experts", 1, c_.intermediate_size);
       return w;
     }
     PackedMoe moe;
-    moe.experts = experts(prefix, c_.num_experts);
+    moe.experts = experts(prefix, "experts", c_.num_experts, c_.intermediate_size);
+    if (c_.shared_intermediate_size > 0)
+      moe.shared = experts(prefix, "shared", 1, c_.shared_intermediate_size);
     moe.router = linear(prefix + "router", c_.num_experts, D, WeightType::kF32);
     moe.experts_per_token = c_.experts_per_token;
     w.ffn = std::move(moe);
     return w;
   }
 
-  PackedExperts experts(const std::string& prefix, std::int64_t count) const {
+  PackedExperts experts(const std::string& prefix, const char* name, std::int64_t count,
+                        std::int64_t width) const {
     PackedExpertsParts parts;
     parts.d_model = c_.hidden_size;
     parts.activation = c_.activation;
     parts.type = type_;
-    parts.widths.assign(count, c_.intermediate_size);
+    parts.widths.assign(count, width);
     const PackedExperts shape(parts);
     const std::int64_t lanes = shape.panel_begin(count) * kPanelWidth;
-    parts.panels = find_(prefix + "experts", shape.bytes());
+    parts.panels = find_(prefix + name, shape.bytes());
     if (c_.mlp_bias && !c_.is_moe()) {
       parts.lane_bias = floats(prefix + "experts_bias", lanes);
       parts.down_bias = floats(prefix + "down_bias", c_.hidden_size);
@@ -118,12 +121,17 @@ void put_layer(const LayerWeights& w, const std::string& prefix, const Put& put)
   linear("output", w.output);
   floats("output_bias", w.output_bias);
   floats("post_norm", w.post_norm);
+  const auto panels = [&](const char* name, const PackedExperts& packed) {
+    put(prefix + name, std::span(packed.panel(0), static_cast<std::size_t>(packed.bytes())));
+  };
   const auto* moe = std::get_if<PackedMoe>(&w.ffn);
   const PackedExperts& experts = moe != nullptr ? moe->experts : std::get<PackedExperts>(w.ffn);
-  put(prefix + "experts", std::span(experts.panel(0), static_cast<std::size_t>(experts.bytes())));
+  panels("experts", experts);
   floats("experts_bias", experts.lane_bias());
   floats("down_bias", experts.down_bias());
-  if (moe != nullptr) linear("router", moe->router);
+  if (moe == nullptr) return;
+  if (moe->shared.num_experts() > 0) panels("shared", moe->shared);
+  linear("router", moe->router);
 }
 
 struct Part {

@@ -40,17 +40,17 @@ std::uint64_t read_seed(const JsonReader& json) {
   return seed->get<std::uint64_t>();
 }
 
-std::vector<std::vector<std::int32_t>> read_neuron_order(const JsonReader& json) {
-  const nlohmann::json* layers = json.find("neuron_order");
+std::vector<std::vector<std::int32_t>> read_neurons(const JsonReader& json, const char* key) {
+  const nlohmann::json* layers = json.find(key);
   if (layers == nullptr) return {};
-  if (!layers->is_array()) json.fail_type("neuron_order", "a list of lists of neurons");
+  if (!layers->is_array()) json.fail_type(key, "a list of lists of neurons");
   std::vector<std::vector<std::int32_t>> order;
   for (const auto& layer : *layers) {
-    if (!layer.is_array()) json.fail_type("neuron_order", "a list of lists of neurons");
+    if (!layer.is_array()) json.fail_type(key, "a list of lists of neurons");
     order.emplace_back();
     for (const auto& neuron : layer) {
       if (!neuron.is_number_unsigned() || neuron > std::numeric_limits<std::int32_t>::max())
-        json.fail_type("neuron_order", "a list of lists of neurons");
+        json.fail_type(key, "a list of lists of neurons");
       order.back().push_back(neuron.get<std::int32_t>());
     }
   }
@@ -65,10 +65,17 @@ std::string key_per_line(const nlohmann::ordered_json& object) {
   return text;
 }
 
+std::string neurons_text(const char* key, const std::vector<std::vector<std::int32_t>>& layers) {
+  std::string text = fmt::format("  \"{}\": [", key);
+  for (std::size_t l = 0; l < layers.size(); ++l)
+    text += fmt::format("{}\n    [{}]", l == 0 ? "" : ",", fmt::join(layers[l], ","));
+  return text + (layers.empty() ? "]" : "\n  ]");
+}
+
 }  // namespace
 
 std::string provenance_json(const Provenance& p) {
-  const nlohmann::ordered_json object = {
+  nlohmann::ordered_json object = {
       {"format_version", kFormatVersion},
       {"tool_version", p.tool_version},
       {"source", p.source},
@@ -83,11 +90,13 @@ std::string provenance_json(const Provenance& p) {
       {"router", p.router},
       {"spec", spec_object(p)},
   };
-  std::string text = key_per_line(object) + "  \"neuron_order\": [";
-  for (std::size_t layer = 0; layer < p.neuron_order.size(); ++layer)
-    text +=
-        fmt::format("{}\n    [{}]", layer == 0 ? "" : ",", fmt::join(p.neuron_order[layer], ","));
-  return text + (p.neuron_order.empty() ? "]\n}\n" : "\n  ]\n}\n");
+  std::string shared;
+  if (p.shared_width > 0) {
+    object["shared_experts"] = p.shared_experts;
+    object["shared_width"] = p.shared_width;
+    shared = neurons_text("shared_neurons", p.shared_neurons) + ",\n";
+  }
+  return key_per_line(object) + shared + neurons_text("neuron_order", p.neuron_order) + "\n}\n";
 }
 
 std::optional<Provenance> read_provenance(const std::filesystem::path& directory) {
@@ -113,7 +122,10 @@ std::optional<Provenance> read_provenance(const std::filesystem::path& directory
   p.router = need(json.string("router"), json, "router");
   const nlohmann::json* spec = json.find("spec");
   p.spec_json = spec == nullptr ? "{}" : spec->dump();
-  p.neuron_order = read_neuron_order(json);
+  p.neuron_order = read_neurons(json, "neuron_order");
+  p.shared_experts = json.integer("shared_experts").value_or(0);
+  p.shared_width = json.integer("shared_width").value_or(0);
+  p.shared_neurons = read_neurons(json, "shared_neurons");
   return p;
 }
 

@@ -97,7 +97,7 @@ TEST(ModelConfig, RefusalsNameTheKey) {
     EXPECT_NE(error.find(part), std::string::npos) << "gave: " << error;
     EXPECT_NE(error.find("config.json"), std::string::npos);
   };
-  expect(with("model_type", "gpt2"), "'gpt2' is not supported; llama, mistral and mixtral");
+  expect(with("model_type", "gpt2"), "'gpt2' is not supported; llama, mistral, mixtral");
   expect(with("architectures", {"LlamaForSequenceClassification"}), "architectures");
   expect(with("num_key_value_heads", 3), "num_key_value_heads 3");
   expect(with("num_attention_heads", 7), "num_attention_heads 7");
@@ -115,6 +115,69 @@ TEST(ModelConfig, RefusalsNameTheKey) {
   expect(with("eos_token_id", 100), "vocab_size is 100");
   EXPECT_THROW(parse_model_config("{", "config.json"), FileError);
   EXPECT_THROW(parse_model_config("[]", "config.json"), FileError);
+}
+
+json granite(double attention_multiplier = 0.35355339059327379) {  // 8^-0.5
+  json config = llama();
+  config["model_type"] = "granitemoeshared";
+  config["intermediate_size"] = 12;
+  config["num_local_experts"] = 4;
+  config["num_experts_per_tok"] = 4;
+  config["shared_intermediate_size"] = 48;
+  config["attention_multiplier"] = attention_multiplier;
+  return config;
+}
+
+TEST(ModelConfig, ReadsGranitesMixtures) {
+  const ModelConfig shared = parse(granite());
+  EXPECT_EQ(shared.family, Family::kGraniteMoeShared);
+  EXPECT_EQ(shared.num_experts, 4);
+  EXPECT_EQ(shared.shared_intermediate_size, 48);
+  json plain = granite();
+  plain["model_type"] = "granitemoe";
+  EXPECT_EQ(parse(plain).family, Family::kGraniteMoe);
+  EXPECT_EQ(parse(plain).shared_intermediate_size, 0);
+}
+
+TEST(ModelConfig, RefusesGraniteMultipliersByName) {
+  const auto expect = [](const json& config, const char* part) {
+    EXPECT_NE(error_of(config).find(part), std::string::npos) << "gave: " << error_of(config);
+  };
+  const auto with = [](const char* key, const json& value) {
+    json config = granite();
+    config[key] = value;
+    return config;
+  };
+  EXPECT_EQ(error_of(granite()), "");
+  EXPECT_EQ(error_of(granite(0.3535533)), "");  // written by hand, with fewer digits
+  expect(granite(0.125), "attention_multiplier is 0.125; expected head_dim^-0.5 = 0.3535");
+  json none = granite();
+  none.erase("attention_multiplier");
+  expect(none, "attention_multiplier is 1 by default");
+  expect(with("embedding_multiplier", 12.0), "'embedding_multiplier' is 12.0; expected 1");
+  expect(with("residual_multiplier", 0.22), "'residual_multiplier' is 0.22; expected 1");
+  expect(with("logits_scaling", 6), "'logits_scaling' is 6; expected 1");
+  expect(with("position_embedding_type", "nope"), "position_embedding_type");
+  expect(with("shared_intermediate_size", -1), "shared_intermediate_size is -1");
+  expect(with("shared_intermediate_size", nullptr), "'shared_intermediate_size' is missing");
+  expect(with("num_experts_per_tok", 5), "num_experts_per_tok is 5");
+}
+
+TEST(ModelCost, SharedExpertsCountAsActive) {
+  const ModelCost dense = model_cost(parse(llama()));
+  const ModelCost all = model_cost(parse(granite()));
+  const std::int64_t routers = 2 * 4 * 64;
+  EXPECT_EQ(all.parameters, dense.parameters + routers);
+  EXPECT_EQ(all.ffn_macs_per_token, dense.ffn_macs_per_token);
+  EXPECT_EQ(all.whole_ffn_macs, dense.whole_ffn_macs);
+  EXPECT_EQ(dense.whole_ffn_macs, dense.ffn_macs_per_token);
+  json one = granite();
+  one["num_experts_per_tok"] = 1;
+  const ModelCost cost = model_cost(parse(one));
+  EXPECT_EQ(cost.shared_macs_per_token, 2 * 3 * 64 * 48);
+  EXPECT_EQ(cost.ffn_macs_per_token, 2 * 3 * 64 * (48 + 12));
+  EXPECT_EQ(cost.whole_ffn_macs, all.whole_ffn_macs);
+  EXPECT_EQ(all.active_parameters - cost.active_parameters, 2 * 3 * 64 * 3 * 12);
 }
 
 TEST(ModelCost, AllExpertsOnCostTheDenseModelAndTheRouters) {

@@ -53,7 +53,8 @@ TEST_P(TinyModel, TheSameCallGivesTheSameBits) {
   EXPECT_EQ(all_logits(first, golden_.ids), all_logits(second, golden_.ids));
 }
 
-INSTANTIATE_TEST_SUITE_P(Families, TinyModel, ::testing::Values("llama", "llama_long", "mixtral"),
+INSTANTIATE_TEST_SUITE_P(Families, TinyModel,
+                         ::testing::Values("llama", "llama_long", "mixtral", "granitemoeshared"),
                          [](const auto& info) { return std::string(info.param); });
 
 void expect_golden_subset(const std::filesystem::path& model_path, const char* file) {

@@ -51,7 +51,7 @@ struct CachedModel {
 const std::vector<std::int32_t> kIds = {3, 1, 4, 1, 5, 9, 2, 6};
 
 TEST(PackedCache, MappedWeightsGiveTheSameLogits) {
-  for (const char* name : {"llama", "llama_long", "mixtral"})
+  for (const char* name : {"llama", "llama_long", "mixtral", "granitemoeshared"})
     for (const WeightType type : kAllTypes) {
       SCOPED_TRACE(fmt::format("{} {}", name, weight_type_name(type)));
       const TinyGolden golden = tiny_golden(name);
@@ -274,7 +274,7 @@ TEST(PackedCache, TheVersionNamesTheseBytes) {
     hashes.push_back(hash64({experts.panel(0), static_cast<std::size_t>(experts.bytes())}));
     hashes.push_back(hash64({matrix.data(), static_cast<std::size_t>(matrix.bytes())}));
   }
-  EXPECT_EQ(kPackedCacheVersion, 1);
+  EXPECT_EQ(kPackedCacheVersion, 2);
   const std::vector<std::uint64_t> expected = {
       2917449409413448479u, 3129911873024360173u, 2123529882602027554u,  9146397794057263907u,
       9057345944686700676u, 8014583004373438550u, 10283110816686519552u, 8116668216320295476u,

@@ -29,6 +29,9 @@ struct FfnNames {
   std::string gate, up, down;
 };
 FfnNames ffn_names(const ModelConfig& c, std::int64_t layer, std::int64_t e) {
+  if (has_fused_experts(c.family))
+    throw std::runtime_error(std::string(family_name(c.family)) +
+                             ": only Llama and Mixtral directories are handled here");
   if (c.is_moe())
     return {MixtralNames::gate(layer, e), MixtralNames::up(layer, e), MixtralNames::down(layer, e)};
   return {layer_name(layer, "mlp.gate_proj.weight"), layer_name(layer, "mlp.up_proj.weight"),

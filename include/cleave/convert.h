@@ -64,7 +64,8 @@ Conversion convert(
     const Checkpoint& source, const ConvertSpec& spec, const TokenWindows* calibration = nullptr,
     const std::function<void(const std::string&, std::int64_t, std::int64_t)>& progress = {});
 
-/// Writes the conversion as a stock Mixtral directory (see write_mixtral).
+/// Writes the conversion as a stock directory: GraniteMoeShared where the layers have a shared
+/// slice (write_granite_moe_shared), else Mixtral (write_mixtral).
 /// @param spec_json  the settings to record in cleave.json, an object
 void write_conversion(const std::filesystem::path& out, const Checkpoint& source,
                       const Conversion& conversion, const ConvertSpec& spec,

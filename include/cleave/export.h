@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cleave/checkpoint.h"
+#include "cleave/expert.h"
 #include "cleave/moe_layer.h"
 #include "cleave/routing.h"
 
@@ -19,8 +20,10 @@ struct Provenance {
   std::string tool_version;  ///< of the cleave that wrote it
   std::string source;        ///< file name (no path) of the dense model
   std::string source_sha256;
-  std::int64_t num_experts = 0;        ///< E
+  std::int64_t num_experts = 0;        ///< E; 0: dense
   std::int64_t experts_per_token = 0;  ///< K
+  std::int64_t shared_experts = 0;     ///< S; 0 also where shared_width is no multiple of I
+  std::int64_t shared_width = 0;       ///< S * I, neurons that always run
   std::string partition;               ///< partition_method_name
   std::uint64_t seed = 0;
   GateMode gate = GateMode::kSoftmax;
@@ -28,7 +31,9 @@ struct Provenance {
   double router_epsilon = 1.0;  ///< what the router was multiplied by (hard gate: 2^-10)
   std::string router;           ///< "zero", "random", "ridge", "trained"
   std::vector<std::vector<std::int32_t>>
-      neuron_order;       ///< [L][H]: dense neuron of every expert row
+      neuron_order;  ///< [L][E * I]: dense neuron of every expert row; of a dense FFN's rows
+  std::vector<std::vector<std::int32_t>> shared_neurons =
+      {};                 ///< [L][S * I]: of every row of the shared slice; empty without any
   std::string spec_json;  ///< the whole command's settings, an object
 };
 /// @throws FileError  malformed. Empty optional where the directory has no cleave.json.
@@ -49,6 +54,10 @@ double folded_scale(const MoeLayer& layer);
 /// The source's own type where it is F32, F16 or BF16 and `folded_scale` is a power of two (so that
 /// nothing is rounded), else F32.
 DType default_write_dtype(const ModelConfig& source, double folded_scale);
+
+/// The same for layers: also F32 where a weight of an expert is no value of the source's type (as
+/// after a refit), or a layer's folded scale is no power of two. Router weights may be rounded.
+DType default_write_dtype(const ModelConfig& source, std::span<const MoeLayer> layers);
 
 /// Hard gates in stock classes: the router is scaled by this, which keeps the order of the logits
 /// and brings the softmax weights to 1 / K. Reasons and measured error: docs/methods/factorllm.md.
@@ -86,9 +95,52 @@ void write_mixtral(const std::filesystem::path& out, const Checkpoint& source,
 /// of equal E, K and width), scale folded into down, hard gates' routers scaled by
 /// kHardGateEpsilon. An explicit lm_head is written even where the source ties it. Views: `source`
 /// and `layers` must outlive the result.
-/// @throws InvalidArgument  layers disagree, or have biases or no gate
+/// @throws InvalidArgument  layers disagree, have biases, no gate or shared experts
 std::vector<NamedTensor> mixtral_tensors(const Checkpoint& source,
                                          std::span<const MoeLayer> layers);
+
+/// HuggingFace tensor names of the Granite MoE families: the experts of a layer are fused, gate
+/// rows before up rows.
+struct GraniteMoeNames {
+  static std::string router(std::int64_t layer);         ///< [E, D]
+  static std::string input(std::int64_t layer);          ///< gate and up [E, 2I, D]
+  static std::string output(std::int64_t layer);         ///< down [E, D, I]
+  static std::string shared_input(std::int64_t layer);   ///< gate and up [2 S I, D]
+  static std::string shared_output(std::int64_t layer);  ///< down [D, S I]
+};
+
+struct GraniteMoeSharedShape {
+  std::int64_t num_experts = 0;        ///< E
+  std::int64_t experts_per_token = 0;  ///< K
+  std::int64_t expert_width = 0;       ///< I
+  std::int64_t shared_width = 0;       ///< S * I; 0: none
+};
+
+/// As write_mixtral, for models with a shared slice: AutoModelForCausalLM opens the directory as
+/// GraniteMoeSharedForCausalLM, without remote code. Attention may have biases (in Transformers and
+/// llama.cpp; vLLM's class has none).
+/// @throws InvalidArgument  also where head_dim is not D / heads, or attention slides
+void write_granite_moe_shared(const std::filesystem::path& out, const Checkpoint& source,
+                              const GraniteMoeSharedShape& shape,
+                              std::span<const NamedTensor> tensors, const Provenance& provenance,
+                              const WriteSpec& spec);
+
+/// As mixtral_tensors; the shared slices ([L], all of one width, or none) are written as they are,
+/// since their weight is 1.
+std::vector<NamedTensor> granite_moe_shared_tensors(const Checkpoint& source,
+                                                    std::span<const MoeLayer> layers);
+
+/// Writes a dense Llama directory: attention, norms, embeddings and tokenizer of `source` with
+/// other FFNs, as pruning without routing leaves them. A tied head stays tied. If any FFN has a
+/// bias, the others' are written as zeros (`mlp_bias`). WriteSpec::dtype unset: the source's type
+/// if it holds every value exactly, else F32.
+///
+/// @param ffns        [L], all gated, of one width H' and one activation; read during the call
+/// @param provenance  num_experts 0; neuron_order: the dense neuron of every row
+/// @throws InvalidArgument  the FFNs disagree, or attention slides; else as write_mixtral
+void write_llama_dense(const std::filesystem::path& out, const Checkpoint& source,
+                       std::span<const DenseFfn> ffns, const Provenance& provenance,
+                       const WriteSpec& spec);
 
 /// Throws InvalidArgument if `out` exists and `overwrite` is off, FileError if its parent folder is
 /// missing or not writable. For a friendly check before hours of work.

@@ -129,7 +129,8 @@ class Model {
   std::int64_t num_experts(std::int64_t layer) const;
   /// Bytes of the packed weights: what generating one token reads, but for inactive experts.
   std::int64_t weight_bytes() const;
-  /// Replaces a layer's FFN. @throws InvalidArgument  D disagrees
+  /// Replaces a layer's FFN.
+  /// @throws InvalidArgument  D disagrees, or `moe.shared` is not one slice without a down_bias
   void set_moe(std::int64_t layer, const MoeLayer& moe);
 
  private:

@@ -11,10 +11,13 @@ namespace cleave {
 
 /// Model families the readers and both forward passes know. They share one decoder; what differs is
 /// configuration (a family is not a class).
-enum class Family { kLlama, kMistral, kMixtral };
+enum class Family { kLlama, kMistral, kMixtral, kGraniteMoe, kGraniteMoeShared };
 
-/// "llama", "mistral", "mixtral": `model_type` of config.json.
+/// "llama", "mistral", "mixtral", "granitemoe", "granitemoeshared": `model_type` of config.json.
 const char* family_name(Family family);
+
+/// Whether the checkpoints of a family hold all experts of a layer in one tensor (Granite's do).
+bool has_fused_experts(Family family);
 
 /// Rotary position embedding, half-split (NEOX) row order as in HuggingFace checkpoints.
 struct RopeConfig {
@@ -41,12 +44,13 @@ struct ModelConfig {
   double rms_norm_eps = 1e-6;
   Activation activation = Activation::kSilu;
   RopeConfig rope;
-  bool tie_word_embeddings = false;    ///< lm_head shares the embedding matrix
-  bool attention_bias = false;         ///< q, k, v and o projections carry biases
-  bool mlp_bias = false;               ///< gate, up and down projections carry biases
-  std::int64_t sliding_window = 0;     ///< attention span in tokens; 0: unlimited
-  std::int64_t num_experts = 0;        ///< E; 0: dense
-  std::int64_t experts_per_token = 0;  ///< K
+  bool tie_word_embeddings = false;           ///< lm_head shares the embedding matrix
+  bool attention_bias = false;                ///< q, k, v and o projections carry biases
+  bool mlp_bias = false;                      ///< gate, up and down projections carry biases
+  std::int64_t sliding_window = 0;            ///< attention span in tokens; 0: unlimited
+  std::int64_t num_experts = 0;               ///< E; 0: dense
+  std::int64_t experts_per_token = 0;         ///< K
+  std::int64_t shared_intermediate_size = 0;  ///< S * I, neurons of an MoE that always run; 0: none
   std::optional<std::int32_t> bos_token_id;
   std::vector<std::int32_t> eos_token_ids;
   std::optional<std::int32_t> pad_token_id;
@@ -57,9 +61,9 @@ struct ModelConfig {
 
 /// Reads config.json (text). Understands `rope_parameters` (Transformers 5) and the older
 /// `rope_theta` + `rope_scaling`. `origin` names the file in messages.
-/// @throws FileError  a key is missing or of the wrong type, a shape makes no sense, or the
+/// @throws FileError  a key is missing or of the wrong type, a shape makes no sense, the
 ///                    architecture, activation or rope type is unsupported (the message lists what
-///                    is)
+///                    is), or one of Granite's multipliers is not what a Llama computes with
 ModelConfig parse_model_config(const std::string& json_text, const std::string& origin);
 
 /// Parameters and multiply-adds, counted from shapes alone.
@@ -68,7 +72,9 @@ struct ModelCost {
   std::int64_t ffn_parameters = 0;     ///< experts and routers included
   std::int64_t active_parameters = 0;  ///< that one token touches (embedding: one row, not counted)
   std::int64_t macs_per_token = 0;     ///< projections, FFN, router and head; no attention scores
-  std::int64_t ffn_macs_per_token = 0;  ///< active experts only
+  std::int64_t ffn_macs_per_token = 0;     ///< active experts and the shared slice
+  std::int64_t shared_macs_per_token = 0;  ///< the shared slice's part of that
+  std::int64_t whole_ffn_macs = 0;  ///< with all experts on: a dense model's ffn_macs_per_token
   std::int64_t router_macs_per_token = 0;
 };
 ModelCost model_cost(const ModelConfig& config);

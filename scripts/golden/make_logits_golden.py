@@ -5,8 +5,9 @@
 
 Writes below tests/golden/:
   logits/<name>/          a tiny random model (config.json, model.safetensors, expected.safetensors):
-                          llama (GQA, tied), llama_long (untied, llama3 rope, biases) and mixtral
-                          (GQA, untied, sliding window)
+                          llama (GQA, tied), llama_long (untied, llama3 rope, biases), mixtral
+                          (GQA, untied, sliding window) and granitemoeshared (GQA, tied, attention
+                          biases, fused and shared experts)
   logits_tinystories.json some logits of TinyStories-656K
   logits_smollm2.json     some logits of SmolLM2-135M-Instruct, and the perplexity of 4 x 256 tokens
 Without the optional models their files are left alone.
@@ -19,7 +20,8 @@ import pathlib
 
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (GraniteMoeSharedConfig, GraniteMoeSharedForCausalLM, LlamaConfig,
+                          LlamaForCausalLM, MixtralConfig, MixtralForCausalLM)
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "tests" / "golden"
 TOKENS = 24
@@ -38,6 +40,10 @@ def tiny_models():
     yield "mixtral", MixtralForCausalLM(MixtralConfig(
         **{**shape, "intermediate_size": 24}, tie_word_embeddings=False, num_local_experts=4,
         num_experts_per_tok=2, sliding_window=7, attn_implementation="eager"))
+    yield "granitemoeshared", GraniteMoeSharedForCausalLM(GraniteMoeSharedConfig(
+        **{**shape, "intermediate_size": 12}, tie_word_embeddings=True, num_local_experts=4,
+        num_experts_per_tok=2, shared_intermediate_size=20, attention_bias=True,
+        attention_multiplier=8 ** -0.5))
 
 
 def write_tiny():

@@ -17,20 +17,25 @@ struct EvalOptions {
   std::int64_t limit_tokens = 0;
 };
 
-/// Share of the dense FFN's multiply-adds that ran per token, router included; 1 for a dense model.
+/// Share of the dense FFN's multiply-adds that ran per token, shared slice and router included; 1
+/// for a dense model.
 double active_share(const ModelConfig& config, const EvalResult& result) {
   if (!config.is_moe()) return 1.0;
   const ModelCost cost = model_cost(config);
+  const auto always = static_cast<double>(cost.shared_macs_per_token + cost.router_macs_per_token);
   const double one_expert =
-      static_cast<double>(cost.ffn_macs_per_token) / static_cast<double>(config.experts_per_token);
-  return (one_expert * result.active_experts + static_cast<double>(cost.router_macs_per_token)) /
-         (one_expert * static_cast<double>(config.num_experts));
+      static_cast<double>(cost.ffn_macs_per_token - cost.shared_macs_per_token) /
+      static_cast<double>(config.experts_per_token);
+  return (one_expert * result.active_experts + always) / static_cast<double>(cost.whole_ffn_macs);
 }
 
 std::string experts_text(const ModelConfig& config, const EvalResult& result) {
   if (!config.is_moe()) return {};
-  return fmt::format("active experts    {:.4g} of {} per token and layer\n", result.active_experts,
-                     config.num_experts);
+  std::string text = fmt::format("active experts    {:.4g} of {} per token and layer",
+                                 result.active_experts, config.num_experts);
+  if (config.shared_intermediate_size > 0)
+    text += fmt::format(", and {} shared neurons", config.shared_intermediate_size);
+  return text + "\n";
 }
 
 Json load_json(const EvalResult& result) {

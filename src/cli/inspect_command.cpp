@@ -18,18 +18,13 @@ double ceiling(const ModelCost& cost, double dense_ffn, double rho) {
   return (others + dense_ffn) / (others + rho * dense_ffn);
 }
 
-/// All FFN weights of the model, routers left out.
-double dense_ffn_weights(const ModelConfig& config, const ModelCost& cost) {
-  if (!config.is_moe()) return static_cast<double>(cost.ffn_macs_per_token);
-  return static_cast<double>(cost.ffn_macs_per_token) * static_cast<double>(config.num_experts) /
-         static_cast<double>(config.experts_per_token);
-}
-
-Json export_targets(const ModelConfig& config) {
+Json export_targets(const ModelConfig& c) {
   Json targets = Json::array();
-  if (config.attention_bias || config.mlp_bias || config.activation != Activation::kSilu)
-    return targets;  // the stock Mixtral class has no biases, and engines hard-code SiLU
-  targets.push_back("mixtral");
+  if (c.mlp_bias || c.activation != Activation::kSilu)
+    return targets;  // stock experts have no biases, and engines hard-code SiLU
+  if (!c.attention_bias) targets.push_back("mixtral");
+  const bool slides = c.sliding_window > 0 && c.sliding_window < c.max_position_embeddings;
+  if (c.head_dim * c.num_heads == c.hidden_size && !slides) targets.push_back("granitemoeshared");
   return targets;
 }
 
@@ -44,7 +39,7 @@ Json rope_json(const RopeConfig& rope) {
 Json to_json(const InspectOptions& options, const Checkpoint& checkpoint) {
   const ModelConfig& c = checkpoint.config();
   const ModelCost cost = model_cost(c);
-  const double ffn = dense_ffn_weights(c, cost);
+  const auto ffn = static_cast<double>(cost.whole_ffn_macs);
   Json json{{"model", options.model},
             {"format", checkpoint.format() == Checkpoint::Format::kGguf ? "gguf" : "safetensors"},
             {"family", family_name(c.family)},
@@ -68,6 +63,7 @@ Json to_json(const InspectOptions& options, const Checkpoint& checkpoint) {
              static_cast<double>(cost.ffn_parameters) / static_cast<double>(cost.parameters)},
             {"experts", c.num_experts},
             {"experts_per_token", c.experts_per_token},
+            {"shared_intermediate_size", c.shared_intermediate_size},
             {"export_targets", export_targets(c)}};
   Json ceilings = Json::object();
   for (const char* rho : {"0.25", "0.50", "0.75"})
@@ -100,15 +96,22 @@ std::string to_text(const Json& j) {
       human_count(j["parameters"].get<double>()), 100.0 * j["ffn_share"].get<double>(),
       human_count(j["macs_per_token"].get<double>()));
   if (j["experts"] != 0)
-    text += fmt::format("  experts {}, {} active per token; {} parameters active\n",
+    text += fmt::format("  experts {}, {} active per token{}; {} parameters active\n",
                         j["experts"].get<int>(), j["experts_per_token"].get<int>(),
+                        j["shared_intermediate_size"] == 0
+                            ? ""
+                            : fmt::format(", {} shared neurons always",
+                                          j["shared_intermediate_size"].get<std::int64_t>()),
                         human_count(j["active_parameters"].get<double>()));
   if (j.contains("made_by")) {
     const Json& m = j["made_by"];
-    text += fmt::format("  made by cleave {} from {}: partition {}, router {}, gate {}, seed {}\n",
+    text += fmt::format("  made by cleave {} from {}: partition {}",
                         m["tool_version"].get<std::string>(), m["source"].get<std::string>(),
-                        m["partition"].get<std::string>(), m["router"].get<std::string>(),
-                        m["gate"].get<std::string>(), m["seed"].get<std::uint64_t>());
+                        m["partition"].get<std::string>());
+    if (j["experts"] != 0)
+      text += fmt::format(", router {}, gate {}", m["router"].get<std::string>(),
+                          m["gate"].get<std::string>());
+    text += fmt::format(", seed {}\n", m["seed"].get<std::uint64_t>());
   }
   text += "  can be written as:";
   for (const Json& target : j["export_targets"]) text += " " + target.get<std::string>();

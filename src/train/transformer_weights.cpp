@@ -177,6 +177,10 @@ std::shared_ptr<TransformerImpl> TransformerImpl::load(const Checkpoint& checkpo
                                                        at::ScalarType dtype, at::Device device) {
   require(at::isFloatingType(dtype), "Transformer: dtype is {}; expected a floating-point type",
           c10::toString(dtype));
+  require(!has_fused_experts(checkpoint.config().family),
+          "{}: is of the family {}, which cannot be tuned yet; convert the dense model without "
+          "shared experts, which gives a Mixtral",
+          checkpoint.path().string(), family_name(checkpoint.config().family));
   const Loader load{checkpoint, dtype, device};
   std::shared_ptr<TransformerImpl> model(new TransformerImpl());
   model->config_ = checkpoint.config();

@@ -1,4 +1,6 @@
-#include "mixtral_config.h"
+#include "target_config.h"
+
+#include <cmath>
 
 #include <nlohmann/json.hpp>
 
@@ -50,6 +52,50 @@ void add_token_ids(const ModelConfig& config, ordered_json& json) {
   if (config.pad_token_id) json["pad_token_id"] = *config.pad_token_id;
 }
 
+/// What only the classes with experts have.
+void add_experts(const ModelConfig& c, ordered_json& json) {
+  json["num_local_experts"] = c.num_experts;
+  json["num_experts_per_tok"] = c.experts_per_token;
+  json["output_router_logits"] = false;
+  json["router_aux_loss_coef"] = 0.001;
+}
+
+/// Granite is Llama with multipliers; these values make them do nothing. Transformers' own default
+/// of the attention's is 1, not Llama's head_dim^-0.5.
+void add_granite(const ModelConfig& c, ordered_json& json) {
+  json["shared_intermediate_size"] = c.shared_intermediate_size;
+  json["attention_bias"] = c.attention_bias;
+  json["attention_multiplier"] = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
+  json["embedding_multiplier"] = 1.0;
+  json["residual_multiplier"] = 1.0;
+  json["logits_scaling"] = 1.0;
+}
+
+void add_family(const ModelConfig& c, ordered_json& json) {
+  if (c.is_moe()) add_experts(c, json);
+  switch (c.family) {
+    case Family::kMixtral:
+      json["router_jitter_noise"] = 0.0;
+      json["sliding_window"] =
+          c.sliding_window > 0 ? ordered_json(c.sliding_window) : ordered_json(nullptr);
+      break;
+    case Family::kGraniteMoeShared:
+      add_granite(c, json);
+      break;
+    case Family::kLlama:
+      json["attention_bias"] = c.attention_bias;
+      json["mlp_bias"] = c.mlp_bias;
+      break;
+    default:
+      fail_argument("target_config_json: {} is no family that is written", family_name(c.family));
+  }
+}
+
+const char* architecture(Family family) {
+  if (family == Family::kMixtral) return "MixtralForCausalLM";
+  return family == Family::kLlama ? "LlamaForCausalLM" : "GraniteMoeSharedForCausalLM";
+}
+
 }  // namespace
 
 ModelConfig mixtral_config(const ModelConfig& source, const MixtralShape& shape, DType dtype) {
@@ -58,15 +104,38 @@ ModelConfig mixtral_config(const ModelConfig& source, const MixtralShape& shape,
   config.num_experts = shape.num_experts;
   config.experts_per_token = shape.experts_per_token;
   config.intermediate_size = shape.expert_width;
+  config.shared_intermediate_size = 0;
   config.tie_word_embeddings = false;
   config.dtype = dtype;
   return config;
 }
 
-std::string mixtral_config_json(const ModelConfig& c) {
+ModelConfig granite_moe_shared_config(const ModelConfig& source, const GraniteMoeSharedShape& shape,
+                                      DType dtype) {
+  ModelConfig config = mixtral_config(
+      source, {shape.num_experts, shape.experts_per_token, shape.expert_width}, dtype);
+  config.family = Family::kGraniteMoeShared;
+  config.shared_intermediate_size = shape.shared_width;
+  config.sliding_window = 0;
+  return config;
+}
+
+ModelConfig llama_dense_config(const ModelConfig& source, std::int64_t hidden, DType dtype) {
+  ModelConfig config = source;
+  config.family = Family::kLlama;
+  config.num_experts = 0;
+  config.experts_per_token = 0;
+  config.shared_intermediate_size = 0;
+  config.intermediate_size = hidden;
+  config.sliding_window = 0;
+  config.dtype = dtype;
+  return config;
+}
+
+std::string target_config_json(const ModelConfig& c) {
   ordered_json json = {
-      {"architectures", ordered_json::array({"MixtralForCausalLM"})},
-      {"model_type", "mixtral"},
+      {"architectures", ordered_json::array({architecture(c.family)})},
+      {"model_type", family_name(c.family)},
       {"vocab_size", c.vocab_size},
       {"hidden_size", c.hidden_size},
       {"intermediate_size", c.intermediate_size},
@@ -78,18 +147,12 @@ std::string mixtral_config_json(const ModelConfig& c) {
       {"max_position_embeddings", c.max_position_embeddings},
       {"rms_norm_eps", c.rms_norm_eps},
       {"attention_dropout", 0.0},
-      {"num_local_experts", c.num_experts},
-      {"num_experts_per_tok", c.experts_per_token},
-      {"output_router_logits", false},
-      {"router_aux_loss_coef", 0.001},
-      {"router_jitter_noise", 0.0},
-      {"tie_word_embeddings", false},
-      {"use_cache", true},
-      {"dtype", torch_dtype(c.dtype)},
-      {"torch_dtype", torch_dtype(c.dtype)},
   };
-  json["sliding_window"] =
-      c.sliding_window > 0 ? ordered_json(c.sliding_window) : ordered_json(nullptr);
+  add_family(c, json);
+  json["tie_word_embeddings"] = c.tie_word_embeddings;
+  json["use_cache"] = true;
+  json["dtype"] = torch_dtype(c.dtype);
+  json["torch_dtype"] = torch_dtype(c.dtype);
   add_rope(c.rope, json);
   // Transformers' own defaults are 1 and 2; a model without the tokens must say so.
   json["bos_token_id"] = nullptr;
