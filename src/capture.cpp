@@ -156,10 +156,10 @@ void score(const std::vector<std::int32_t>& ids, MatrixView<const float> energy,
       const std::int32_t id = ids[t * spec.active + k];
       chosen += row[id];
       best += row[order[k]];
-      hits += std::find(order.begin(), order.begin() + spec.active, id) !=
-                      order.begin() + spec.active
-                  ? 1.0
-                  : 0.0;
+      hits +=
+          std::find(order.begin(), order.begin() + spec.active, id) != order.begin() + spec.active
+              ? 1.0
+              : 0.0;
     }
   }
   if (all > 0.0) {
@@ -173,8 +173,9 @@ void check_capture(const LayerTokens& tokens, const CaptureSpec& spec) {
   const std::int64_t T = tokens.hidden.rows, H = tokens.hidden.cols;
   if (tokens.input.rows != T || static_cast<std::int64_t>(tokens.weight.size()) != T ||
       static_cast<std::int64_t>(tokens.down_square.size()) != H || T < 1)
-    fail_argument("capture_energy: {} inputs, {} hidden rows, {} weights, {} neurons of {}; must agree",
-                  tokens.input.rows, T, tokens.weight.size(), tokens.down_square.size(), H);
+    fail_argument(
+        "capture_energy: {} inputs, {} hidden rows, {} weights, {} neurons of {}; must agree",
+        tokens.input.rows, T, tokens.weight.size(), tokens.down_square.size(), H);
   if (spec.shared + spec.experts * spec.width != H || spec.experts < 1 || spec.active < 1 ||
       spec.active > spec.experts || spec.shared < 0)
     fail_argument(
@@ -231,9 +232,9 @@ Capture capture_energy(const LayerTokens& tokens, const CaptureSpec& spec,
     capture.partition = reassign(tokens, spec, router, parallel);
   }
   expert_energies(tokens, capture.partition, energy, parallel);
-  capture.router = train_router(
-      tokens.input, energy, spec.active,
-      fit_amplitudes(tokens, energy, spec.router_penalty, parallel), spec.training, parallel);
+  capture.router = train_router(tokens.input, energy, spec.active,
+                                fit_amplitudes(tokens, energy, spec.router_penalty, parallel),
+                                spec.training, parallel);
   score(choose_experts(tokens.input, capture.router, spec.active, parallel), energy, total, spec,
         capture);
   return capture;

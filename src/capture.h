@@ -14,20 +14,20 @@ namespace cleave {
 
 /// What one FFN did with the tokens of a calibration text. Views only.
 struct LayerTokens {
-  MatrixView<const float> input;   ///< [T, D]
-  MatrixView<const float> hidden;  ///< [T, H] values between the two products
-  std::span<const float> weight;   ///< [T] of each token in all sums
+  MatrixView<const float> input;       ///< [T, D]
+  MatrixView<const float> hidden;      ///< [T, H] values between the two products
+  std::span<const float> weight;       ///< [T] of each token in all sums
   std::span<const float> down_square;  ///< [H] |d_j|^2, squared length of a neuron's output row
 };
 
 struct CaptureSpec {
-  std::int64_t width = 16;     ///< I, neurons of an expert
-  std::int64_t shared = 0;     ///< neurons that are always on
-  std::int64_t experts = 0;    ///< E; shared + E * width = H
-  std::int64_t active = 0;     ///< K
-  std::int64_t rounds = 2;     ///< of router and assignment in turn
+  std::int64_t width = 16;   ///< I, neurons of an expert
+  std::int64_t shared = 0;   ///< neurons that are always on
+  std::int64_t experts = 0;  ///< E; shared + E * width = H
+  std::int64_t active = 0;   ///< K
+  std::int64_t rounds = 2;   ///< of router and assignment in turn
   double router_penalty = 0.01;
-  RouterTrainSpec training;    ///< of the final router
+  RouterTrainSpec training;  ///< of the final router
   std::uint64_t seed = 0;
 };
 
@@ -35,9 +35,9 @@ struct CaptureSpec {
 struct Capture {
   NeuronPartition partition;
   LinearRouter router;
-  double energy = 0.0;  ///< share of the neurons' energy that shared and chosen experts hold
+  double energy = 0.0;         ///< share of the neurons' energy that shared and chosen experts hold
   double oracle_energy = 0.0;  ///< the same if the K experts of most energy were chosen
-  double recall = 0.0;  ///< share of those K that the router chose
+  double recall = 0.0;         ///< share of those K that the router chose
 };
 
 /// Energy of neuron j for token t: weight_t * h[t,j]^2 * |d_j|^2, the square of what it adds to y.

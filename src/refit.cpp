@@ -145,8 +145,8 @@ std::vector<float> RidgeRefit::solve(MatrixView<const float> prior, const RefitS
   std::vector<float> weights(static_cast<std::size_t>(F * D));
   for (std::int64_t j = 0; j < F; ++j)
     for (std::int64_t d = 0; d < D; ++d)
-      weights[j * D + d] = static_cast<float>((prior.empty() ? 0.0 : prior(j, d)) +
-                                              rhs[d * F + j] / size[j]);
+      weights[j * D + d] =
+          static_cast<float>((prior.empty() ? 0.0 : prior(j, d)) + rhs[d * F + j] / size[j]);
   return weights;
 }
 

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <random>
 
 #include "cleave/fit_router.h"
@@ -124,7 +125,8 @@ class RouterTraining {
     for (std::size_t i = 0; i < gradient_.size(); ++i) {
       const double g = gradient_[i];
       mean_[i] = static_cast<float>(kMomentum * mean_[i] + (1.0 - kMomentum) * g);
-      square_[i] = static_cast<float>(kSquareMomentum * square_[i] + (1.0 - kSquareMomentum) * g * g);
+      square_[i] =
+          static_cast<float>(kSquareMomentum * square_[i] + (1.0 - kSquareMomentum) * g * g);
       router_.weight[i] -= static_cast<float>(rate * (mean_[i] / first) /
                                               (std::sqrt(square_[i] / second) + kEpsilon));
     }
@@ -144,16 +146,18 @@ class RouterTraining {
 
 void check_training(MatrixView<const float> x, MatrixView<const float> gain, std::int64_t k,
                     const LinearRouter& start, const RouterTrainSpec& spec) {
-  if (x.rows != gain.rows || start.num_experts != gain.cols || start.d_model != x.cols ||
-      k < 1 || k > gain.cols || x.rows < 1)
+  if (x.rows != gain.rows || start.num_experts != gain.cols || start.d_model != x.cols || k < 1 ||
+      k > gain.cols || x.rows < 1)
     fail_argument(
-        "train_router: x [{}, {}], gain [{}, {}], router [{}, {}], K = {}; expected [T, D], [T, E], "
+        "train_router: x [{}, {}], gain [{}, {}], router [{}, {}], K = {}; expected [T, D], [T, "
+        "E], "
         "[E, D], K in [1, E] and at least one token",
         x.rows, x.cols, gain.rows, gain.cols, start.num_experts, start.d_model, k);
   if (spec.steps < 0 || spec.batch < 1 || !(spec.rate > 0.0) || !(spec.temperature > 0.0))
-    fail_argument("train_router: {} steps of {} tokens, rate {}, temperature {}; expected >= 0, "
-                  ">= 1, > 0, > 0",
-                  spec.steps, spec.batch, spec.rate, spec.temperature);
+    fail_argument(
+        "train_router: {} steps of {} tokens, rate {}, temperature {}; expected >= 0, "
+        ">= 1, > 0, > 0",
+        spec.steps, spec.batch, spec.rate, spec.temperature);
   for (std::int64_t t = 0; t < gain.rows; ++t)
     for (std::int64_t e = 0; e < gain.cols; ++e)
       if (!std::isfinite(gain(t, e)))

@@ -11,6 +11,7 @@
 #include "cleave/fit_router.h"
 #include "cleave/moe_layer.h"
 #include "cleave/partition.h"
+#include "cleave/refit.h"
 #include "cleave/text.h"
 
 namespace cleave {
@@ -44,6 +45,10 @@ struct Conversion {
   std::int64_t calibration_tokens = 0;        ///< that the statistics were taken from
   /// [L], mean of |MoE(x) - FFN(x)|^2 / |FFN(x)|^2 over calibration tokens; empty without any.
   std::vector<double> layer_error;
+  // Of a conversion to a budget, [L] each; empty otherwise.
+  std::vector<double> captured_energy;  ///< share of the neurons' energy that runs
+  std::vector<double> oracle_energy;    ///< the same with the K experts of most energy per token
+  std::vector<double> router_recall;    ///< share of those K that the router chooses
 };
 
 /// Splits every FFN of a dense model into experts and attaches routers.
@@ -62,6 +67,36 @@ struct Conversion {
 /// @throws FileError        from reading the checkpoint
 Conversion convert(
     const Checkpoint& source, const ConvertSpec& spec, const TokenWindows* calibration = nullptr,
+    const std::function<void(const std::string&, std::int64_t, std::int64_t)>& progress = {});
+
+/// A conversion to a budget: how much of every FFN runs per token.
+struct BudgetSpec {
+  double active_share = 0.5;       ///< rho: share of the neurons that run for a token, in (0, 1]
+  double shared_share = 0.5;       ///< of those neurons, the part that always runs, in [0, 1]
+  std::int64_t expert_width = 16;  ///< I; the fine experts of the others
+  std::int64_t rounds = 2;         ///< of router and assignment in turn (see docs)
+  RouterTrainSpec router{};        ///< how the routers are trained; steps = 0: ridge alone
+  bool refit = true;               ///< of `down`, under the routing that really happens
+  RefitSpec refit_spec{};
+  /// Which part of what the layers before have lost `down` is asked to give back: 0: `down` aims at
+  /// the dense FFN's output; 1: at the dense model's residual stream after the layer.
+  double correction = 0.0;
+  /// Weight of a window's first token against any other in all statistics. It is an attention sink.
+  double first_token_weight = 1.0;
+  std::uint64_t seed = 0;
+  int threads = 0;  ///< 0: all cores
+};
+
+/// Converts a dense model to a budget, layer by layer: each layer is split, its router fitted and
+/// its `down` repaired on what the converted layers before it give. All layers get the same shapes.
+/// Chosen experts weigh 1 (GateMode::kHard, scale 1).
+///
+/// Holds the residual stream of all calibration tokens and one layer's hidden values:
+/// T * (3 D + H) floats.
+/// @throws InvalidArgument  the budget is below one expert or leaves none, a text of no tokens, the
+///                          model is no dense one; and where an activation is not finite
+Conversion convert_to_budget(
+    const Checkpoint& source, const BudgetSpec& spec, const TokenWindows& calibration,
     const std::function<void(const std::string&, std::int64_t, std::int64_t)>& progress = {});
 
 /// Writes the conversion as a stock directory: GraniteMoeShared where the layers have a shared

@@ -12,8 +12,9 @@ namespace cleave {
 /// Which expert owns each hidden neuron. Clustering fills it; so will a trained set of gates.
 struct NeuronPartition {
   std::int32_t num_experts = 0;
-  std::vector<std::int32_t> expert_of_neuron;  ///< [H], in [0, num_experts), or kDropped
+  std::vector<std::int32_t> expert_of_neuron;  ///< [H], in [0, num_experts), kDropped or kShared
   static constexpr std::int32_t kDropped = -1;
+  static constexpr std::int32_t kShared = -2;  ///< always on
 };
 
 enum class PartitionMethod { kContiguous, kRandom, kKMeans };
