@@ -29,25 +29,34 @@ void neuron_energies(const LayerTokens& tokens, std::int64_t first, MatrixView<f
   }
 }
 
-std::vector<double> total_energy(const LayerTokens& tokens) {
+std::vector<double> total_energy(const LayerTokens& tokens, const ParallelFor& parallel) {
   const std::int64_t H = tokens.hidden.cols;
   std::vector<double> total(static_cast<std::size_t>(H), 0.0);
-  std::vector<float> row(static_cast<std::size_t>(H));
-  for (std::int64_t t = 0; t < tokens.hidden.rows; ++t) {
-    neuron_energies(tokens, t, {row.data(), 1, H});
-    for (std::int64_t j = 0; j < H; ++j) total[j] += row[j];
-  }
+  parallel(H, 64, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = 0; t < tokens.hidden.rows; ++t) {
+      const float* h = tokens.hidden.row(t);
+      const float weight = tokens.weight[t];
+      for (std::int64_t j = begin; j < end; ++j) total[j] += weight * h[j] * h[j];
+    }
+    for (std::int64_t j = begin; j < end; ++j) total[j] *= tokens.down_square[j];
+  });
   return total;
+}
+
+/// All neurons, by falling energy.
+std::vector<std::int32_t> by_energy(const std::vector<double>& total) {
+  std::vector<std::int32_t> order(total.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::int32_t a, std::int32_t b) { return total[a] > total[b]; });
+  return order;
 }
 
 /// The neurons of most energy shared, the others clustered by when they are active.
 NeuronPartition first_partition(const LayerTokens& tokens, const CaptureSpec& spec,
                                 const std::vector<double>& total) {
   const std::int64_t H = tokens.hidden.cols, T = tokens.hidden.rows;
-  std::vector<std::int32_t> order(static_cast<std::size_t>(H));
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](std::int32_t a, std::int32_t b) { return total[a] > total[b]; });
+  const std::vector<std::int32_t> order = by_energy(total);
   NeuronPartition partition;
   partition.num_experts = static_cast<std::int32_t>(spec.experts);
   partition.expert_of_neuron.assign(static_cast<std::size_t>(H), NeuronPartition::kShared);
@@ -217,11 +226,28 @@ std::vector<std::int32_t> choose_experts(MatrixView<const float> x, const Linear
   return ids;
 }
 
+Capture keep_most_energy(const LayerTokens& tokens, std::int64_t kept,
+                         const ParallelFor& parallel) {
+  const std::vector<double> total = total_energy(tokens, parallel);
+  const std::vector<std::int32_t> order = by_energy(total);
+  Capture capture;
+  capture.partition.expert_of_neuron.assign(total.size(), NeuronPartition::kDropped);
+  double left = 0.0, all = 0.0;
+  for (std::size_t i = 0; i < order.size(); ++i) {
+    all += total[order[i]];
+    if (static_cast<std::int64_t>(i) >= kept) continue;
+    left += total[order[i]];
+    capture.partition.expert_of_neuron[order[i]] = NeuronPartition::kShared;
+  }
+  capture.energy = capture.oracle_energy = all > 0.0 ? left / all : 0.0;
+  return capture;
+}
+
 Capture capture_energy(const LayerTokens& tokens, const CaptureSpec& spec,
                        const ParallelFor& parallel) {
   check_capture(tokens, spec);
   const std::int64_t T = tokens.hidden.rows;
-  const std::vector<double> total = total_energy(tokens);
+  const std::vector<double> total = total_energy(tokens, parallel);
   Capture capture;
   capture.partition = first_partition(tokens, spec, total);
   Buffer buffer(T * spec.experts);

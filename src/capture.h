@@ -54,6 +54,9 @@ void expert_energies(const LayerTokens& tokens, const NeuronPartition& partition
 Capture capture_energy(const LayerTokens& tokens, const CaptureSpec& spec,
                        const ParallelFor& parallel);
 
+/// The static counterpart: the `kept` neurons of most energy are shared, the others dropped.
+Capture keep_most_energy(const LayerTokens& tokens, std::int64_t kept, const ParallelFor& parallel);
+
 /// ids [T, K] of the experts that `router` chooses for each row of x.
 std::vector<std::int32_t> choose_experts(MatrixView<const float> x, const LinearRouter& router,
                                          std::int64_t experts_per_token,

@@ -217,6 +217,36 @@ nlohmann::json settings_of(const std::string& spec_json, const Conversion& conve
   return settings;
 }
 
+Provenance provenance_of(const Checkpoint& source, const Conversion& conversion) {
+  Provenance provenance;
+  provenance.tool_version = kVersion;
+  const auto path = std::filesystem::absolute(source.path()).lexically_normal();
+  provenance.source = (path.has_filename() ? path : path.parent_path()).filename().string();
+  provenance.source_sha256 = source.sha256();
+  provenance.partition = conversion.partition;
+  provenance.seed = conversion.seed;
+  provenance.router = conversion.router;
+  return provenance;
+}
+
+/// One expert's rows as a dense FFN.
+DenseFfn as_dense(const ExpertBank& bank) {
+  const std::int64_t H = bank.rows(), D = bank.d_model;
+  DenseFfn ffn;
+  ffn.hidden = H;
+  ffn.d_model = D;
+  ffn.activation = bank.activation;
+  ffn.gate = bank.gate;
+  ffn.up = bank.up;
+  ffn.gate_bias = bank.gate_bias;
+  ffn.up_bias = bank.up_bias;
+  ffn.down_bias = bank.down_bias;
+  ffn.down.resize(static_cast<std::size_t>(D * H));
+  for (std::int64_t j = 0; j < H; ++j)
+    for (std::int64_t d = 0; d < D; ++d) ffn.down[d * H + j] = bank.down_t[j * D + d];
+  return ffn;
+}
+
 }  // namespace
 
 const char* scale_policy_name(ScalePolicy policy) {
@@ -236,6 +266,8 @@ Conversion convert(const Checkpoint& source, const ConvertSpec& spec,
   check_spec(source, spec, calibration);
   const bool all_active = spec.experts_per_token == spec.partition.num_experts;
   Conversion conversion;
+  conversion.partition = partition_method_name(spec.partition.method);
+  conversion.seed = spec.partition.seed;
   if (calibration == nullptr || all_active) {
     ThreadPool pool(spec.threads);
     conversion.layers = split_layers(source.config(), spec, pool.parallel_for(), pool.threads(),
@@ -256,24 +288,27 @@ Conversion convert(const Checkpoint& source, const ConvertSpec& spec,
 }
 
 void write_conversion(const std::filesystem::path& out, const Checkpoint& source,
-                      const Conversion& conversion, const ConvertSpec& spec,
-                      const std::string& spec_json, const WriteSpec& write) {
+                      const Conversion& conversion, const std::string& spec_json,
+                      const WriteSpec& write) {
+  Provenance provenance = provenance_of(source, conversion);
+  provenance.spec_json = settings_of(spec_json, conversion).dump();
+  if (!conversion.pruned.empty()) {
+    std::vector<DenseFfn> ffns;
+    for (const ExpertBank& bank : conversion.pruned) {
+      ffns.push_back(as_dense(bank));
+      provenance.neuron_order.push_back(bank.neuron_order);
+    }
+    write_llama_dense(out, source, ffns, provenance, write);
+    return;
+  }
   if (conversion.layers.empty())
     throw InvalidArgument("write_conversion: the conversion has no layers; call convert() first");
   const MoeLayer& first = conversion.layers.front();
-  Provenance provenance;
-  provenance.tool_version = kVersion;
-  const auto path = std::filesystem::absolute(source.path()).lexically_normal();
-  provenance.source = (path.has_filename() ? path : path.parent_path()).filename().string();
-  provenance.source_sha256 = source.sha256();
   provenance.num_experts = first.experts.num_experts();
   provenance.experts_per_token = first.experts_per_token;
-  provenance.partition = partition_method_name(spec.partition.method);
-  provenance.seed = spec.partition.seed;
   provenance.gate = first.gate;
   provenance.folded_scale = folded_scale(first);
   provenance.router_epsilon = first.gate == GateMode::kHard ? kHardGateEpsilon : 1.0;
-  provenance.router = conversion.router;
   const std::int64_t E = first.experts.num_experts(), I = first.experts.width(0);
   const std::int64_t shared = first.shared.rows();
   provenance.shared_width = shared;
@@ -282,7 +317,6 @@ void write_conversion(const std::filesystem::path& out, const Checkpoint& source
     provenance.neuron_order.push_back(layer.experts.neuron_order);
     if (shared > 0) provenance.shared_neurons.push_back(layer.shared.neuron_order);
   }
-  provenance.spec_json = settings_of(spec_json, conversion).dump();
   WriteSpec resolved = write;
   if (!write.dtype) resolved.dtype = default_write_dtype(source.config(), conversion.layers);
   if (shared > 0)

@@ -176,6 +176,64 @@ double mean_square(const float* x, std::int64_t n) {
   return sum / static_cast<double>(n);
 }
 
+/// A layer's rows as they will be stored: the experts one after the other, then the shared slice.
+/// Dropped neurons have no row.
+struct Rows {
+  std::vector<std::int32_t> neuron;  // [rows], ascending inside an expert
+  std::int64_t routed = 0;           // rows of experts
+  std::int64_t width = 0;            // I
+
+  Rows(const NeuronPartition& partition, std::int64_t expert_width) : width(expert_width) {
+    const auto& expert_of = partition.expert_of_neuron;
+    std::vector<std::vector<std::int32_t>> experts(static_cast<std::size_t>(partition.num_experts) +
+                                                   1);
+    for (std::size_t j = 0; j < expert_of.size(); ++j) {
+      if (expert_of[j] == NeuronPartition::kDropped) continue;
+      const bool shared = expert_of[j] == NeuronPartition::kShared;
+      experts[shared ? partition.num_experts : expert_of[j]].push_back(
+          static_cast<std::int32_t>(j));
+    }
+    for (const auto& expert : experts) neuron.insert(neuron.end(), expert.begin(), expert.end());
+    routed = size() - static_cast<std::int64_t>(experts.back().size());
+  }
+  std::int64_t size() const { return static_cast<std::int64_t>(neuron.size()); }
+};
+
+/// features [T, rows] = the hidden values that run: of the shared slice, and of the token's
+/// experts. Both may be the same memory, row by row.
+void mask_features(const Rows& rows, const std::vector<std::int32_t>& ids, std::int64_t active,
+                   MatrixView<const float> hidden, MatrixView<float> features,
+                   const ParallelFor& parallel) {
+  parallel(hidden.rows, 16, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<float> row(static_cast<std::size_t>(rows.size()));
+    const auto copy = [&](const float* h, std::int64_t first, std::int64_t last) {
+      for (std::int64_t r = first; r < last; ++r) row[r] = h[rows.neuron[r]];
+    };
+    for (std::int64_t t = begin; t < end; ++t) {
+      std::fill(row.begin(), row.begin() + rows.routed, 0.0f);
+      for (std::int64_t k = 0; k < active; ++k) {
+        const std::int64_t first = ids[t * active + k] * rows.width;
+        copy(hidden.row(t), first, first + rows.width);
+      }
+      copy(hidden.row(t), rows.routed, rows.size());
+      std::copy(row.begin(), row.end(), features.row(t));
+    }
+  });
+}
+
+/// sum_t weight_t |y_t - target_t|^2 / sum_t weight_t |target_t|^2.
+double relative_error(MatrixView<const float> y, MatrixView<const float> target,
+                      std::span<const float> weight) {
+  double error = 0.0, size = 0.0;
+  for (std::int64_t t = 0; t < y.rows; ++t)
+    for (std::int64_t d = 0; d < y.cols; ++d) {
+      const double aim = target(t, d), e = y(t, d) - aim;
+      error += weight[t] * e * e;
+      size += weight[t] * aim * aim;
+    }
+  return size > 0.0 ? error / size : 0.0;
+}
+
 class BudgetConversion {
  public:
   BudgetConversion(const Checkpoint& source, const BudgetSpec& spec, const TokenWindows& windows,
@@ -184,6 +242,7 @@ class BudgetConversion {
         progress_(progress),
         shares_(divide(source.config(), spec)),
         model_(Model::load(source, {.threads = spec.threads})),
+        parallel_(model_.parallel()),
         windows_(windows),
         stream_(model_, windows),
         hidden_(stream_.tokens() * source.config().intermediate_size),
@@ -192,52 +251,77 @@ class BudgetConversion {
   }
 
   Conversion run() {
-    Conversion conversion;
-    conversion.router = spec_.router.steps > 0 ? "trained on energies" : "ridge";
-    conversion.scale = ScalePolicy::kActive;
-    conversion.calibration_tokens = stream_.tokens();
+    conversion_.partition = shares_.active == 0 ? "energy" : "captured energy";
+    conversion_.seed = spec_.seed;
+    conversion_.router = shares_.active == 0      ? "none"
+                         : spec_.router.steps > 0 ? "trained"
+                                                  : "ridge";
+    conversion_.scale = ScalePolicy::kActive;
+    conversion_.calibration_tokens = stream_.tokens();
     const std::int64_t layers = model_.config().num_layers;
     for (std::int64_t l = 0; l < layers; ++l) {
-      conversion.layers.push_back(convert_layer(l, conversion));
+      convert_layer(l);
       if (progress_) progress_("convert", l + 1, layers);
     }
-    return conversion;
+    return std::move(conversion_);
   }
 
  private:
-  MoeLayer convert_layer(std::int64_t l, Conversion& conversion) {
-    const ParallelFor parallel = model_.parallel();
+  void convert_layer(std::int64_t l) {
     const SplitSource source(model_.dense_ffn(l));
     const std::int64_t T = stream_.tokens(), D = source.ffn.d_model, H = source.ffn.hidden;
     const MatrixView<float> hidden(hidden_.data(), T, H), target(target_.data(), T, D);
-    if (dense_) {
-      dense_->attend(l);
-      source.hidden_values(dense_->input(), hidden, parallel);
-      down_product(hidden, source.down_t, source.ffn.down_bias, target, parallel);
-      for (std::int64_t t = 0; t < T; ++t) isa_kernels().add(target.row(t), dense_->x().row(t), D);
-    }
+    if (dense_) advance_dense(source, l);
     stream_.attend(l);
-    source.hidden_values(stream_.input(), hidden, parallel);
-    down_product(hidden, source.down_t, {}, target, parallel);
+    source.hidden_values(stream_.input(), hidden, parallel_);
+    down_product(hidden, source.down_t, {}, target, parallel_);
     const std::vector<float> weight = token_weights(target);
-
     const LayerTokens tokens{stream_.input(), hidden, weight, source.down_square};
-    CaptureSpec capture_spec;
-    capture_spec.width = spec_.expert_width;
-    capture_spec.shared = shares_.shared;
-    capture_spec.experts = shares_.experts;
-    capture_spec.active = shares_.active;
-    capture_spec.rounds = spec_.rounds;
-    capture_spec.training = spec_.router;
-    capture_spec.seed = spec_.seed + static_cast<std::uint64_t>(l);
-    const Capture capture = capture_energy(tokens, capture_spec, parallel);
-    conversion.captured_energy.push_back(capture.energy);
-    conversion.oracle_energy.push_back(capture.oracle_energy);
-    conversion.router_recall.push_back(capture.recall);
-    return finish_layer(source, capture, tokens, target, conversion);
+    const Capture capture =
+        shares_.active > 0
+            ? capture_energy(tokens, capture_spec(static_cast<std::uint64_t>(l)), parallel_)
+            : keep_most_energy(tokens, shares_.shared, parallel_);
+    conversion_.captured_energy.push_back(capture.energy);
+    conversion_.oracle_energy.push_back(capture.oracle_energy);
+    conversion_.router_recall.push_back(capture.recall);
+    if (dense_) aim_at_dense_stream(target);
+
+    const Rows rows(capture.partition, spec_.expert_width);
+    const MatrixView<float> features(hidden_.data(), T, rows.size(), H);
+    mask_features(rows,
+                  shares_.active > 0
+                      ? choose_experts(tokens.input, capture.router, shares_.active, parallel_)
+                      : std::vector<std::int32_t>(),
+                  shares_.active, hidden, features, parallel_);
+    const std::vector<float> down = repaired_down(source, rows, features, target, weight);
+    advance(source, features, down, target, weight);
+    keep(source, rows, down, capture);
   }
 
-  /// What is left of a token's importance once its size is taken out: the next norm divides by it.
+  CaptureSpec capture_spec(std::uint64_t layer) const {
+    CaptureSpec spec;
+    spec.width = spec_.expert_width;
+    spec.shared = shares_.shared;
+    spec.experts = shares_.experts;
+    spec.active = shares_.active;
+    spec.rounds = spec_.rounds;
+    spec.training = spec_.router;
+    spec.training.seed = spec.seed = spec_.seed + layer;  // layers must not share a permutation
+    return spec;
+  }
+
+  /// One layer of the dense model on its own stream.
+  void advance_dense(const SplitSource& source, std::int64_t layer) {
+    const std::int64_t T = stream_.tokens(), D = source.ffn.d_model;
+    const MatrixView<float> hidden(hidden_.data(), T, source.ffn.hidden);
+    const MatrixView<float> y(target_.data(), T, D);
+    dense_->attend(layer);
+    source.hidden_values(dense_->input(), hidden, parallel_);
+    down_product(hidden, source.down_t, source.ffn.down_bias, y, parallel_);
+    for (std::int64_t t = 0; t < T; ++t) isa_kernels().add(y.row(t), dense_->x().row(t), D);
+  }
+
+  /// A token counts by the error relative to the residual stream, by which the next norm divides.
   std::vector<float> token_weights(MatrixView<const float> y) const {
     std::vector<float> weight(static_cast<std::size_t>(y.rows));
     std::vector<float> sum(static_cast<std::size_t>(y.cols));
@@ -255,95 +339,81 @@ class BudgetConversion {
     return weight;
   }
 
-  MoeLayer finish_layer(const SplitSource& source, const Capture& capture,
-                        const LayerTokens& tokens, MatrixView<float> target,
-                        Conversion& conversion) {
-    const ParallelFor parallel = model_.parallel();
-    const std::int64_t T = target.rows, D = source.ffn.d_model, H = source.ffn.hidden;
-    const auto& expert_of = capture.partition.expert_of_neuron;
-    // Rows of the features: experts in order, then the shared slice.
-    std::vector<std::int32_t> order(static_cast<std::size_t>(H));
-    std::iota(order.begin(), order.end(), 0);
-    const auto place = [&](std::int32_t j) {
-      return expert_of[j] < 0 ? capture.partition.num_experts : expert_of[j];
-    };
-    std::stable_sort(order.begin(), order.end(),
-                     [&](std::int32_t a, std::int32_t b) { return place(a) < place(b); });
-    std::vector<float> prior(static_cast<std::size_t>(H * D));
-    for (std::int64_t r = 0; r < H; ++r)
-      std::copy_n(source.down_t.data() + order[r] * D, D, prior.data() + r * D);
-
-    const auto ids = choose_experts(tokens.input, capture.router, shares_.active, parallel);
-    // Masked features take the place of the hidden values, row by row.
-    const std::int64_t I = spec_.expert_width, routed = H - shares_.shared;
-    const MatrixView<float> features(hidden_.data(), T, H);
-    parallel(T, 16, [&](std::int64_t begin, std::int64_t end) {
-      std::vector<float> row(static_cast<std::size_t>(H));
-      for (std::int64_t t = begin; t < end; ++t) {
-        std::fill(row.begin(), row.begin() + routed, 0.0f);
-        const float* h = tokens.hidden.row(t);
-        for (std::int64_t k = 0; k < shares_.active; ++k) {
-          const std::int64_t first = ids[t * shares_.active + k] * I;
-          for (std::int64_t r = first; r < first + I; ++r) row[r] = h[order[r]];
-        }
-        for (std::int64_t r = routed; r < H; ++r) row[r] = h[order[r]];
-        std::copy(row.begin(), row.end(), features.row(t));
-      }
+  /// target += correction * (dense stream - what the converted one would be without any loss here).
+  void aim_at_dense_stream(MatrixView<float> target) {
+    const auto alpha = static_cast<float>(spec_.correction);
+    parallel_(target.rows, 64, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t t = begin; t < end; ++t)
+        for (std::int64_t d = 0; d < target.cols; ++d)
+          target(t, d) += alpha * (dense_->x()(t, d) - (stream_.x()(t, d) + target(t, d)));
     });
-    if (dense_) {
-      const auto alpha = static_cast<float>(spec_.correction);
-      parallel(T, 64, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t t = begin; t < end; ++t)
-          for (std::int64_t d = 0; d < D; ++d) {
-            const float lost = dense_->x()(t, d) - (stream_.x()(t, d) + target(t, d));
-            target(t, d) += alpha * lost;
-          }
-      });
-    }
-    std::vector<float> down = prior;
-    if (spec_.refit) {
-      RidgeRefit fit(H, D);
-      fit.observe(features, target, tokens.weight, parallel);
-      down = fit.solve({prior.data(), H, D}, spec_.refit_spec, parallel);
-    }
-    Buffer y(T * D);
-    const MatrixView<float> out(y.data(), T, D);
-    down_product(features, down, source.ffn.down_bias, out, parallel);
-    double error = 0.0, size = 0.0;
-    for (std::int64_t t = 0; t < T; ++t) {
-      for (std::int64_t d = 0; d < D; ++d) {
-        const double e = out(t, d) - target(t, d);
-        error += tokens.weight[t] * e * e;
-        size += tokens.weight[t] * static_cast<double>(target(t, d)) * target(t, d);
-      }
-      isa_kernels().add(out.row(t), stream_.x().row(t), D);
-    }
-    conversion.layer_error.push_back(size > 0.0 ? error / size : 0.0);
+  }
 
-    MoeLayer layer;
+  std::vector<float> repaired_down(const SplitSource& source, const Rows& rows,
+                                   MatrixView<const float> features, MatrixView<const float> target,
+                                   std::span<const float> weight) {
+    const std::int64_t D = source.ffn.d_model;
+    std::vector<float> prior;
+    prior.reserve(static_cast<std::size_t>(rows.size() * D));
+    for (const std::int32_t j : rows.neuron)
+      prior.insert(prior.end(), source.down_t.begin() + j * D, source.down_t.begin() + (j + 1) * D);
+    if (!spec_.refit) return prior;
+    RidgeRefit fit(rows.size(), D);
+    fit.observe(features, target, weight, parallel_);
+    return fit.solve({prior.data(), rows.size(), D}, spec_.refit_spec, parallel_);
+  }
+
+  /// The converted layer's output goes into the stream.
+  void advance(const SplitSource& source, MatrixView<const float> features,
+               const std::vector<float>& down, MatrixView<const float> target,
+               std::span<const float> weight) {
+    const std::int64_t D = source.ffn.d_model;
+    Buffer y(features.rows * D);
+    const MatrixView<float> out(y.data(), features.rows, D);
+    down_product(features, down, {}, out, parallel_);
+    conversion_.layer_error.push_back(relative_error(out, target, weight));
+    for (std::int64_t t = 0; t < features.rows; ++t) {
+      isa_kernels().add(out.row(t), stream_.x().row(t), D);
+      if (!source.ffn.down_bias.empty())
+        isa_kernels().add(source.ffn.down_bias.data(), stream_.x().row(t), D);
+    }
+  }
+
+  void keep(const SplitSource& source, const Rows& rows, const std::vector<float>& down,
+            const Capture& capture) {
+    const auto middle = rows.neuron.begin() + rows.routed;
+    const std::int64_t kept = rows.size() - rows.routed;
+    const float* shared_down = down.data() + rows.routed * source.ffn.d_model;
+    ExpertBank shared;
+    if (kept > 0) shared = gather(source, {middle, rows.neuron.end()}, {0, kept}, shared_down);
+    if (shares_.active == 0) {
+      shared.down_bias = source.ffn.down_bias;
+      conversion_.pruned.push_back(std::move(shared));
+      return;
+    }
     std::vector<std::int64_t> begin;
-    for (std::int64_t e = 0; e <= shares_.experts; ++e) begin.push_back(e * I);
-    layer.experts =
-        gather(source, {order.begin(), order.begin() + routed}, std::move(begin), down.data());
+    for (std::int64_t e = 0; e <= shares_.experts; ++e) begin.push_back(e * rows.width);
+    MoeLayer layer;
+    layer.experts = gather(source, {rows.neuron.begin(), middle}, std::move(begin), down.data());
     layer.experts.down_bias = source.ffn.down_bias;
-    if (shares_.shared > 0)
-      layer.shared = gather(source, {order.begin() + routed, order.end()}, {0, shares_.shared},
-                            down.data() + routed * D);
+    layer.shared = std::move(shared);
     layer.router = capture.router;
     layer.experts_per_token = shares_.active;
     layer.gate = GateMode::kHard;
     layer.scale = 1.0f;
-    return layer;
+    conversion_.layers.push_back(std::move(layer));
   }
 
   BudgetSpec spec_;
   const ProgressCall& progress_;
   Shares shares_;
   Model model_;
+  ParallelFor parallel_;
   const TokenWindows& windows_;
   Stream stream_;                // through the converted layers
   std::optional<Stream> dense_;  // through the dense model, where the correction needs it
   Buffer hidden_, target_;       // [T, H], [T, D] of the layer at hand
+  Conversion conversion_;
 };
 
 }  // namespace
@@ -351,6 +421,15 @@ class BudgetConversion {
 Conversion convert_to_budget(
     const Checkpoint& source, const BudgetSpec& spec, const TokenWindows& calibration,
     const std::function<void(const std::string&, std::int64_t, std::int64_t)>& progress) {
+  if (source.config().is_moe())
+    fail_argument(
+        "convert: {} is already a mixture of experts; give the dense model it was made of",
+        source.path().string());
+  if (calibration.context < 2 || calibration.count() < 1)
+    fail_argument(
+        "convert: the calibration text has {} tokens and windows of {}; needs at least one window "
+        "of 2 or more",
+        calibration.tokens.size(), calibration.context);
   return BudgetConversion(source, spec, calibration, progress).run();
 }
 

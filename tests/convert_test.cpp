@@ -82,7 +82,7 @@ TEST_F(Convert, AllExpertsActiveIsTheDenseModelBeforeAndAfterWriting) {
       EXPECT_LT(largest_difference(logits_with(conversion), expected), 1e-5);
 
       const auto out = dir_.path() / "moe";
-      write_conversion(out, source, conversion, spec, "{}", replacing());
+      write_conversion(out, source, conversion, "{}", replacing());
       Model reopened = Model::load(Checkpoint::open(out), {.threads = 1});
       EXPECT_TRUE(reopened.config().is_moe());
       EXPECT_LT(largest_difference(logits_of(reopened, windows_.window(0)), expected), 1e-5);
@@ -96,7 +96,7 @@ TEST_F(Convert, WrittenAndReopenedComputesTheSame) {
     const Checkpoint source = dense();
     const Conversion conversion = convert(source, spec, &windows_);
     const auto out = dir_.path() / "moe";
-    write_conversion(out, source, conversion, spec, R"({"k": 1})", replacing());
+    write_conversion(out, source, conversion, R"({"k": 1})", replacing());
     Model reopened = Model::load(Checkpoint::open(out), {.threads = 1});
     // Stock classes know no hard gate; its stand-in is near, not equal (kHardGateEpsilon).
     EXPECT_LT(largest_difference(logits_of(reopened, windows_.window(0)), logits_with(conversion)),
@@ -112,7 +112,7 @@ TEST_F(Convert, WritesHowItWasMade) {
       .threads = 1};
   const Checkpoint source = dense();
   const Conversion conversion = convert(source, spec, &windows_);
-  write_conversion(dir_.path() / "moe", source, conversion, spec, R"({"mine": 7})", {});
+  write_conversion(dir_.path() / "moe", source, conversion, R"({"mine": 7})", {});
   const auto provenance = read_provenance(dir_.path() / "moe");
   ASSERT_TRUE(provenance);
   EXPECT_EQ(provenance->source, "dense");
@@ -129,7 +129,7 @@ TEST_F(Convert, WritesHowItWasMade) {
   EXPECT_EQ(settings.at("mine"), 7);
   EXPECT_EQ(settings.at("scale"), "active");
   EXPECT_EQ(settings.at("calibration_tokens"), 8 * 15);
-  EXPECT_THROW(write_conversion(dir_.path() / "moe2", source, conversion, spec, "[1", {}),
+  EXPECT_THROW(write_conversion(dir_.path() / "moe2", source, conversion, "[1", {}),
                InvalidArgument);
 }
 
@@ -192,7 +192,7 @@ TEST_F(Convert, RefusesWhatItCannotHonour) {
   EXPECT_THROW(convert(source, {.partition = {.num_experts = 4}, .experts_per_token = 2}, &empty),
                InvalidArgument);
   const ConvertSpec spec{.partition = {.num_experts = 4}, .experts_per_token = 2, .threads = 1};
-  write_conversion(dir_.path() / "moe", source, convert(source, spec), spec, "", {});
+  write_conversion(dir_.path() / "moe", source, convert(source, spec), "", {});
   try {
     convert(Checkpoint::open(dir_.path() / "moe"), spec);
     FAIL() << "converted a mixture of experts";

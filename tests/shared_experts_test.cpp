@@ -126,7 +126,7 @@ class SharedModel : public ::testing::Test {
   }
   fs::path write(const Conversion& conversion) const {
     const fs::path out = dir_.path() / "moe";
-    write_conversion(out, dense(), conversion, {}, "{}", {.overwrite = true});
+    write_conversion(out, dense(), conversion, "{}", {.overwrite = true});
     return out;
   }
   std::vector<float> logits_from(const fs::path& directory, const ModelSpec& spec = {}) const {

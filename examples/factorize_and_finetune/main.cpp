@@ -44,7 +44,7 @@ void run(const std::filesystem::path& dense_path, const std::filesystem::path& t
   TokenWindows calibration = text;
   calibration.tokens.resize(std::min<std::size_t>(text.tokens.size(), 64 * kContext));
   const Conversion conversion = convert(dense, split, &calibration);
-  write_conversion(out / "converted", dense, conversion, split, "{}", kReplace);
+  write_conversion(out / "converted", dense, conversion, "{}", kReplace);
 
   // 3. Tune: first the routers alone against the frozen experts, then both. The teacher of the
   //    prior-approximate loss is the dense FFN, put together again from the fresh experts.

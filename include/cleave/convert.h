@@ -40,7 +40,12 @@ struct ConvertSpec {
 /// A converted model, not yet written.
 struct Conversion {
   std::vector<MoeLayer> layers;  ///< [L]
-  std::string router;            ///< "zero" (K = E), "ridge" (with calibration) or "random"
+  /// [L] in place of `layers` where a budget is all shared, so that nothing is routed: each FFN's
+  /// neurons that are left, as one expert.
+  std::vector<ExpertBank> pruned;
+  std::string partition;  ///< "kmeans", ...: how neurons were grouped
+  std::uint64_t seed = 0;
+  std::string router;  ///< "zero" (K = E), "ridge", "trained" (calibrated), "random", "none"
   ScalePolicy scale = ScalePolicy::kExperts;  ///< that was applied
   std::int64_t calibration_tokens = 0;        ///< that the statistics were taken from
   /// [L], mean of |MoE(x) - FFN(x)|^2 / |FFN(x)|^2 over calibration tokens; empty without any.
@@ -100,10 +105,11 @@ Conversion convert_to_budget(
     const std::function<void(const std::string&, std::int64_t, std::int64_t)>& progress = {});
 
 /// Writes the conversion as a stock directory: GraniteMoeShared where the layers have a shared
-/// slice (write_granite_moe_shared), else Mixtral (write_mixtral).
+/// slice (write_granite_moe_shared), else Mixtral (write_mixtral); Llama with narrower FFNs where
+/// nothing is routed (write_llama_dense).
 /// @param spec_json  the settings to record in cleave.json, an object
 void write_conversion(const std::filesystem::path& out, const Checkpoint& source,
-                      const Conversion& conversion, const ConvertSpec& spec,
-                      const std::string& spec_json, const WriteSpec& write);
+                      const Conversion& conversion, const std::string& spec_json,
+                      const WriteSpec& write);
 
 }  // namespace cleave

@@ -39,7 +39,7 @@ ConvertSpec convert_spec(GateMode gate, std::int64_t active) {
 void convert_to(const fs::path& out, GateMode gate, std::int64_t active) {
   const Checkpoint source = Checkpoint::open(dense_dir());
   const ConvertSpec spec = convert_spec(gate, active);
-  write_conversion(out, source, convert(source, spec), spec, "{}", {});
+  write_conversion(out, source, convert(source, spec), "{}", {});
 }
 
 at::Tensor tokens_for(const ModelConfig& config, std::int64_t count) {
@@ -77,7 +77,7 @@ TEST_P(TransformerRoundTrip, EachLayersOwnScaleIsUndone) {
   TokenWindows text;
   text.context = 16;
   for (std::int32_t t = 0; t < 16 * 40; ++t) text.tokens.push_back(t * t % 89);
-  write_conversion(out, source, convert(source, spec, &text), spec, "{}", {});
+  write_conversion(out, source, convert(source, spec, &text), "{}", {});
   auto dense = TransformerImpl::load(source);
   auto moe = TransformerImpl::load(Checkpoint::open(out));
   ASSERT_NE(moe->layers()[0].moe->spec.scale, moe->layers()[1].moe->spec.scale);
