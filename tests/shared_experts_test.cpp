@@ -185,7 +185,7 @@ TEST_F(SharedModel, ItsOwnDirectoryHoldsTheTensorsOfTheFamily) {
         const std::int64_t row = (e * 4 + j) * 16 + c;
         ASSERT_EQ(input[(e * 8 + j) * 16 + c], bank.gate[row]);
         ASSERT_EQ(input[(e * 8 + 4 + j) * 16 + c], bank.up[row]);
-        ASSERT_EQ(output[(e * 16 + c) * 4 + j], bank.down_t[row] * 4.0f);  // scale E
+        ASSERT_EQ(output[(e * 16 + c) * 4 + j], bank.down_t[row] * 2.0f);  // scale K
       }
   const auto shared_input = moe.read(GraniteMoeNames::shared_input(1), {16, 16});
   const auto shared_output = moe.read(GraniteMoeNames::shared_output(1), {16, 8});

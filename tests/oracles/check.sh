@@ -6,6 +6,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
 cleave="$1" work="$2/$3" case="$3"
 
+split="$(dirname "$cleave")/split_by_hand"  # shared experts and pruned models, at fixed settings
 llama="$(dirname "$cleave")/llama_cpp_custom_op"
 python=""
 
@@ -43,6 +44,14 @@ case "$case" in
   dense) check "$demo" --expect LlamaForCausalLM --text "$demo/sample.txt" ;;
   converted) convert_demo; check "$work/converted" --text "$demo/sample.txt" ;;
   hard_gate) convert_demo --gate hard; check "$work/converted" --text "$demo/sample.txt" ;;
+  shared|shared_hard_gate)
+    gate=softmax
+    [ "$case" = shared ] || gate=hard
+    "$split" "$demo" "$work/converted" shared 64 7 3 "$gate"
+    check "$work/converted" --expect GraniteMoeSharedForCausalLM --text "$demo/sample.txt" ;;
+  pruned)
+    "$split" "$demo" "$work/pruned" pruned 200
+    check "$work/pruned" --expect LlamaForCausalLM --text "$demo/sample.txt" ;;
   tuned)
     convert_demo
     "$cleave" train "$work/converted" "$work/tuned" --recipe factorllm --data "$demo/sample.txt" \
@@ -59,6 +68,10 @@ case "$case" in
     "$cleave" convert "$smollm2" "$work/converted" --experts 8 --active 4 \
       --calibration "$root/models/jargon.train.txt" --calibration-tokens 4096
     check "$work/converted"
+    rm -rf "$work/converted" ;;
+  smollm2_shared)
+    "$split" "$smollm2" "$work/converted" shared 256 10 8 softmax
+    check "$work/converted" --expect GraniteMoeSharedForCausalLM
     rm -rf "$work/converted" ;;
   smollm2_perplexity)
     "$python" "$here/perplexity_check.py" "$smollm2" "$root/models/jargon.heldout.txt" --context 1024 \

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "cleave/expert.h"
@@ -41,12 +42,14 @@ inline MoeLayer split_by_hand(const FfnView& ffn, const HandSplit& s) {
   MoeLayer layer;
   layer.experts = contiguous_bank(ffn, s.shared, E, (ffn.up.rows - s.shared) / E);
   if (s.shared > 0) layer.shared = contiguous_bank(ffn, 0, 1, s.shared);
-  layer.router = {E, D,
-                  K == E ? std::vector<float>(static_cast<std::size_t>(E * D))
-                         : random_values(E * D, s.seed + 77, 1.0)};
+  layer.router = {E, D, std::vector<float>(static_cast<std::size_t>(E * D))};
+  // Logits of about 1: a softmax that leaves all but one expert out would break a trained model.
+  if (K < E)
+    layer.router.weight =
+        random_values(E * D, s.seed + 77, 1.0 / std::sqrt(static_cast<double>(D)));
   layer.experts_per_token = K;
   layer.gate = s.gate;
-  layer.scale = static_cast<float>(E) / (s.gate == GateMode::kHard ? static_cast<float>(K) : 1.0f);
+  layer.scale = s.gate == GateMode::kHard ? 1.0f : static_cast<float>(K);  // an average weight of 1
   return layer;
 }
 

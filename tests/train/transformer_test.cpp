@@ -155,6 +155,17 @@ TEST(Transformer, ASlidingWindowForgets) {
   EXPECT_GT(max_difference(before.narrow(1, 4, 6), after.narrow(1, 4, 6)), 1e-2);
 }
 
+TEST(Transformer, RefusesTheFamilyItCannotTuneYet) {
+  const Checkpoint granite = Checkpoint::open(tiny("granitemoeshared"));
+  try {
+    TransformerImpl::load(granite);
+    FAIL() << "loaded";
+  } catch (const InvalidArgument& error) {
+    EXPECT_NE(std::string(error.what()).find("granitemoeshared"), std::string::npos)
+        << error.what();
+  }
+}
+
 TEST(Transformer, EverythingIsFrozenUntilAsked) {
   auto model = TransformerImpl::load(Checkpoint::open(tiny("mixtral")));
   for (const at::Tensor& p : model->parameters()) EXPECT_FALSE(p.requires_grad());
