@@ -1,3 +1,5 @@
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -275,7 +277,7 @@ class BudgetConversion {
     stream_.attend(l);
     source.hidden_values(stream_.input(), hidden, parallel_);
     down_product(hidden, source.down_t, {}, target, parallel_);
-    const std::vector<float> weight = token_weights(target);
+    const std::vector<float> weight = token_weights(target, l);
     const LayerTokens tokens{stream_.input(), hidden, weight, source.down_square};
     const Capture capture =
         shares_.active > 0
@@ -288,11 +290,11 @@ class BudgetConversion {
 
     const Rows rows(capture.partition, spec_.expert_width);
     const MatrixView<float> features(hidden_.data(), T, rows.size(), H);
-    mask_features(rows,
-                  shares_.active > 0
-                      ? choose_experts(tokens.input, capture.router, shares_.active, parallel_)
-                      : std::vector<std::int32_t>(),
-                  shares_.active, hidden, features, parallel_);
+    std::vector<std::int32_t> ids;
+    if (shares_.active > 0)
+      ids = choose_experts(tokens.input, capture.router, shares_.active, parallel_);
+    record_load(ids, rows.size(), l);
+    mask_features(rows, ids, shares_.active, hidden, features, parallel_);
     const std::vector<float> down = repaired_down(source, rows, features, target, weight);
     advance(source, features, down, target, weight);
     keep(source, rows, down, capture);
@@ -322,21 +324,47 @@ class BudgetConversion {
   }
 
   /// A token counts by the error relative to the residual stream, by which the next norm divides.
-  std::vector<float> token_weights(MatrixView<const float> y) const {
+  std::vector<float> token_weights(MatrixView<const float> y, std::int64_t layer) const {
     std::vector<float> weight(static_cast<std::size_t>(y.rows));
     std::vector<float> sum(static_cast<std::size_t>(y.cols));
     double total = 0.0;
     for (std::int64_t t = 0; t < y.rows; ++t) {
       const float* x = stream_.x().row(t);
       for (std::int64_t d = 0; d < y.cols; ++d) sum[d] = x[d] + y(t, d);
+      const double size = mean_square(sum.data(), y.cols);
+      if (!std::isfinite(size))
+        fail_argument(
+            "convert: layer {}: the output of the FFN or its input is not finite at token {} of "
+            "calibration window {}; is the model broken, or in a type too small for it?",
+            layer, t % windows_.context, t / windows_.context);
       const bool first = t % windows_.context == 0;
-      weight[t] = static_cast<float>((first ? spec_.first_token_weight : 1.0) /
-                                     (mean_square(sum.data(), y.cols) + 1e-12));
+      weight[t] = static_cast<float>((first ? spec_.first_token_weight : 1.0) / (size + 1e-12));
       total += weight[t];
     }
     const auto factor = static_cast<float>(static_cast<double>(y.rows) / total);
     for (float& w : weight) w *= factor;
     return weight;
+  }
+
+  /// How often each expert was chosen, and whether the text is enough for what is to be fitted.
+  void record_load(const std::vector<std::int32_t>& ids, std::int64_t unknowns,
+                   std::int64_t layer) {
+    const std::int64_t T = stream_.tokens();
+    if (spec_.refit && layer == 0 && T < 4 * unknowns)
+      conversion_.notices.push_back(fmt::format(
+          "the calibration text has {} tokens for the {} unknowns that every layer fits an output; "
+          "the ridge penalty keeps `down` near the dense weights; more text would repair more",
+          T, unknowns));
+    if (ids.empty()) return;
+    std::vector<double> load(static_cast<std::size_t>(shares_.experts), 0.0);
+    for (const std::int32_t id : ids) load[id] += 1.0 / static_cast<double>(T);
+    const auto unused = std::count(load.begin(), load.end(), 0.0);
+    if (unused > 0)
+      conversion_.notices.push_back(fmt::format(
+          "layer {}: no calibration token chose {} of the {} experts; their weights stay as they "
+          "were",
+          layer, unused, shares_.experts));
+    conversion_.expert_load.push_back(std::move(load));
   }
 
   /// target += correction * (dense stream - what the converted one would be without any loss here).

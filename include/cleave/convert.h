@@ -54,6 +54,10 @@ struct Conversion {
   std::vector<double> captured_energy;  ///< share of the neurons' energy that runs
   std::vector<double> oracle_energy;    ///< the same with the K experts of most energy per token
   std::vector<double> router_recall;    ///< share of those K that the router chooses
+  std::vector<std::vector<double>> expert_load;  ///< [L][E], share of the tokens that chose it
+  /// What a user should know: too little text for the number of unknowns, experts that nobody
+  /// chose.
+  std::vector<std::string> notices;
 };
 
 /// Splits every FFN of a dense model into experts and attaches routers.

@@ -196,6 +196,7 @@ void run_convert(ConvertOptions options, const CLI::App& command) {
 
   Progress progress(options.common.quiet);
   const Conversion conversion = run_conversion(source, options, progress);
+  for (const std::string& notice : conversion.notices) progress.note("note: " + notice);
   progress.update("writing " + options.out);
   write_conversion(options.out, source, conversion, settings_json(options).dump(), write);
 
