@@ -93,9 +93,11 @@ void add_rates(LayerStats& layer, std::int64_t top, MatrixView<const float> hidd
     const float weight = weights.empty() ? 1.0f : weights[t];
     if (weight == 0.0f) continue;
     const std::int32_t* of_token = ids.data() + t * top;
-    for (std::int64_t a = 0; a < top; ++a) {
+    std::int64_t active = 0;
+    while (active < top && hidden(t, of_token[active]) != 0.0f) ++active;
+    for (std::int64_t a = 0; a < active; ++a) {
       layer.rate[of_token[a]] += weight;
-      for (std::int64_t b = 0; b < top && !layer.coactivation.empty(); ++b)
+      for (std::int64_t b = 0; b < active && !layer.coactivation.empty(); ++b)
         if (of_token[a] >= of_token[b]) layer.coactivation.add(of_token[a], of_token[b], weight);
     }
   }

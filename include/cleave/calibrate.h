@@ -84,8 +84,8 @@ class NeuronStats {
   std::vector<float> variance(std::int64_t layer) const;  ///< [H], E[h^2] - E[h]^2
   /// [H], E[h^2] * |d|^2: what a neuron adds to the output.  down_norm [H], see down_norms()
   std::vector<float> energy(std::int64_t layer, std::span<const float> down_norm) const;
-  /// [H], how often a neuron is among the Ka of largest |h| (ties: the lower id). CMoE's activation
-  /// rate, arXiv:2502.04416.
+  /// [H], how often a neuron is among the Ka of largest |h| (ties: the lower id) and not 0. CMoE's
+  /// activation rate, arXiv:2502.04416.
   std::vector<float> rate(std::int64_t layer) const;
   std::vector<float> input_moment(std::int64_t layer) const;  ///< [D, D]
   std::vector<float> gram(std::int64_t layer) const;          ///< [H, H]
