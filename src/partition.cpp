@@ -7,6 +7,7 @@
 
 #include "cleave/error.h"
 #include "kmeans.h"
+#include "partition_routed.h"
 #include "support/random.h"
 
 namespace cleave {
@@ -84,6 +85,19 @@ NeuronPartition partition_neurons(const FfnView& ffn, const PartitionSpec& spec)
     }
   }
   throw InvalidArgument("partition: unknown method");
+}
+
+NeuronPartition partition_neurons(const FfnView& ffn, PartitionMethod method,
+                                  const RoutedSpec& spec) {
+  const RoutedNeurons routed(ffn.up.rows, spec);
+  const PartitionSpec own{method, spec.num_experts, spec.iterations, spec.seed};
+  const auto rows = ffn.gate.empty() ? ffn.up : ffn.gate;
+  std::vector<float> left;  // the rows that k-means looks at; the others look at their number only
+  for (const std::int32_t j : routed.ids)
+    left.insert(left.end(), rows.row(j), rows.row(j) + rows.cols);
+  FfnView rest;
+  rest.up = {left.data(), routed.count(), rows.cols};
+  return routed.partition(partition_neurons(rest, own).expert_of_neuron);
 }
 
 }  // namespace cleave

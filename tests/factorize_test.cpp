@@ -173,11 +173,56 @@ TEST(Factorize, DroppedNeuronsAreGoneAndComeBackAsZeros) {
   EXPECT_EQ(back.up_bias, expected.up_bias);
 }
 
+TEST(Factorize, SharedNeuronsAreABankOfTheirOwn) {
+  for (const RandomFfnSpec& kind : kKinds) {
+    const DenseFfn ffn = random_ffn(kind);
+    NeuronPartition partition = random_partition(kind.hidden, 4, 7);
+    for (const int j : {2, 5, 11}) partition.expert_of_neuron[j] = NeuronPartition::kShared;
+    const ExpertBank routed = factorize(ffn.view(), partition);
+    const ExpertBank shared = shared_slice(ffn.view(), partition);
+    EXPECT_EQ(routed.rows(), kind.hidden - 3);
+    EXPECT_EQ(shared.num_experts(), 1);
+    EXPECT_EQ(shared.neuron_order, (std::vector<std::int32_t>{2, 5, 11}));
+    EXPECT_TRUE(shared.down_bias.empty());
+    const DenseFfn back = to_dense(routed, shared);
+    EXPECT_EQ(back.gate, ffn.gate);
+    EXPECT_EQ(back.up, ffn.up);
+    EXPECT_EQ(back.down, ffn.down);
+    EXPECT_EQ(back.gate_bias, ffn.gate_bias);
+    EXPECT_EQ(back.up_bias, ffn.up_bias);
+    EXPECT_EQ(back.down_bias, ffn.down_bias);
+
+    // The two banks' outputs add up to the dense one.
+    const auto x = random_values(kind.d_model, 3);
+    const Output a = run_experts(routed, x, 1, all_experts(routed), 1.0f);
+    const Output b = run_experts(shared, x, 1, {0}, 1.0f);
+    const auto expected = ffn_in_double(ffn, x.data());
+    for (std::int64_t d = 0; d < kind.d_model; ++d)
+      EXPECT_NEAR(a.values[d] + b.values[d], expected[d], 1e-5);
+    EXPECT_THROW(to_dense(routed, routed), InvalidArgument);  // neurons in common
+  }
+}
+
+TEST(Factorize, WithoutSharedNeuronsTheSliceIsEmpty) {
+  const DenseFfn ffn = random_ffn({.hidden = 24, .d_model = 3});
+  const NeuronPartition partition = random_partition(24, 4, 1);
+  const ExpertBank shared = shared_slice(ffn.view(), partition);
+  EXPECT_EQ(shared.num_experts(), 0);
+  EXPECT_EQ(shared.rows(), 0);
+  EXPECT_EQ(to_dense(factorize(ffn.view(), partition), shared).down, ffn.down);
+  const ExpertBank all =
+      shared_slice(ffn.view(), {0, std::vector<std::int32_t>(24, NeuronPartition::kShared)});
+  EXPECT_EQ(to_dense(all).gate, ffn.gate);
+  const DenseFfn other = random_ffn({.hidden = 12, .d_model = 3});
+  EXPECT_THROW(to_dense(all, shared_slice(other.view(), random_partition(12, 4, 1))),
+               InvalidArgument);
+}
+
 TEST(Factorize, RefusesWhatDoesNotFit) {
   const DenseFfn ffn = random_ffn({.hidden = 4, .d_model = 2});
   EXPECT_THROW(factorize(ffn.view(), {2, {0, 1, 0}}), InvalidArgument);         // H disagrees
   EXPECT_THROW(factorize(ffn.view(), {2, {0, 1, 0, 2}}), InvalidArgument);      // id too large
-  EXPECT_THROW(factorize(ffn.view(), {2, {0, 1, 0, -2}}), InvalidArgument);     // not kDropped
+  EXPECT_THROW(factorize(ffn.view(), {2, {0, 1, 0, -3}}), InvalidArgument);     // no such mark
   EXPECT_THROW(factorize(ffn.view(), {3, {0, 1, 0, 1}}), InvalidArgument);      // expert 2 empty
   EXPECT_THROW(factorize(ffn.view(), {0, {-1, -1, -1, -1}}), InvalidArgument);  // no expert
   FfnView wrong = ffn.view();

@@ -17,6 +17,7 @@
 #include "cleave/fit_router.h"
 #include "cleave/routing.h"
 // 4 run
+#include "cleave/calibrate.h"
 #include "cleave/evaluate.h"
 #include "cleave/kernels.h"
 #include "cleave/model.h"

@@ -90,6 +90,7 @@ ModelSpec model_spec(const ModelOptions& options, const CommonOptions& common,
                      const Checkpoint& checkpoint);
 
 void add_inspect_command(CLI::App& app);
+void add_calibrate_command(CLI::App& app);
 void add_convert_command(CLI::App& app);
 void add_train_command(CLI::App& app);
 void add_eval_command(CLI::App& app);

@@ -43,6 +43,7 @@ int run(int argc, char** argv) {
 
   app.fallthrough();  // inherited by the subcommands: --config may stand behind them
   cleave::cli::add_inspect_command(app);
+  cleave::cli::add_calibrate_command(app);
   cleave::cli::add_convert_command(app);
   cleave::cli::add_train_command(app);
   cleave::cli::add_eval_command(app);
