@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <optional>
 
 #include "capture.h"
 #include "cleave/convert.h"
+#include "cleave/factorize.h"
 #include "cleave/model.h"
 #include "cleave/refit.h"
 #include "fail.h"
@@ -140,38 +140,6 @@ void down_product(MatrixView<const float> h, const std::vector<float>& down_t,
   });
 }
 
-/// Rows of the dense FFN in the order of `neurons`, cut at `begin`.
-ExpertBank gather(const SplitSource& source, const std::vector<std::int32_t>& neurons,
-                  std::vector<std::int64_t> begin, const float* down_t) {
-  const std::int64_t H = source.ffn.hidden, D = source.ffn.d_model;
-  ExpertBank bank;
-  bank.d_model = D;
-  bank.dense_hidden = H;
-  bank.begin = std::move(begin);
-  bank.neuron_order = neurons;
-  bank.activation = source.ffn.activation;
-  const auto rows_of = [&](const std::vector<float>& matrix) {
-    std::vector<float> rows;
-    rows.reserve(matrix.empty() ? 0 : neurons.size() * static_cast<std::size_t>(D));
-    if (!matrix.empty())
-      for (const std::int32_t j : neurons)
-        rows.insert(rows.end(), matrix.begin() + j * D, matrix.begin() + (j + 1) * D);
-    return rows;
-  };
-  const auto values_of = [&](const std::vector<float>& vector) {
-    std::vector<float> values;
-    if (!vector.empty())
-      for (const std::int32_t j : neurons) values.push_back(vector[j]);
-    return values;
-  };
-  bank.gate = rows_of(source.ffn.gate);
-  bank.up = rows_of(source.ffn.up);
-  bank.gate_bias = values_of(source.ffn.gate_bias);
-  bank.up_bias = values_of(source.ffn.up_bias);
-  bank.down_t.assign(down_t, down_t + static_cast<std::int64_t>(neurons.size()) * D);
-  return bank;
-}
-
 double mean_square(const float* x, std::int64_t n) {
   double sum = 0.0;
   for (std::int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * x[i];
@@ -179,26 +147,30 @@ double mean_square(const float* x, std::int64_t n) {
 }
 
 /// A layer's rows as they will be stored: the experts one after the other, then the shared slice.
-/// Dropped neurons have no row.
 struct Rows {
-  std::vector<std::int32_t> neuron;  // [rows], ascending inside an expert
-  std::int64_t routed = 0;           // rows of experts
-  std::int64_t width = 0;            // I
+  ExpertBank experts, shared;
+  std::vector<std::int32_t> neuron;  // [rows], of the dense FFN
 
-  Rows(const NeuronPartition& partition, std::int64_t expert_width) : width(expert_width) {
-    const auto& expert_of = partition.expert_of_neuron;
-    std::vector<std::vector<std::int32_t>> experts(static_cast<std::size_t>(partition.num_experts) +
-                                                   1);
-    for (std::size_t j = 0; j < expert_of.size(); ++j) {
-      if (expert_of[j] == NeuronPartition::kDropped) continue;
-      const bool shared = expert_of[j] == NeuronPartition::kShared;
-      experts[shared ? partition.num_experts : expert_of[j]].push_back(
-          static_cast<std::int32_t>(j));
-    }
-    for (const auto& expert : experts) neuron.insert(neuron.end(), expert.begin(), expert.end());
-    routed = size() - static_cast<std::int64_t>(experts.back().size());
+  Rows(const FfnView& ffn, const NeuronPartition& partition) {
+    if (partition.num_experts > 0) experts = factorize(ffn, partition);
+    shared = shared_slice(ffn, partition);
+    neuron = experts.neuron_order;
+    neuron.insert(neuron.end(), shared.neuron_order.begin(), shared.neuron_order.end());
   }
   std::int64_t size() const { return static_cast<std::int64_t>(neuron.size()); }
+  std::int64_t routed() const { return static_cast<std::int64_t>(experts.neuron_order.size()); }
+
+  /// [rows, D]
+  std::vector<float> down_t() const {
+    std::vector<float> down = experts.down_t;
+    down.insert(down.end(), shared.down_t.begin(), shared.down_t.end());
+    return down;
+  }
+  void set_down_t(const std::vector<float>& down) {
+    const auto middle = down.begin() + static_cast<std::ptrdiff_t>(experts.down_t.size());
+    experts.down_t.assign(down.begin(), middle);
+    shared.down_t.assign(middle, down.end());
+  }
 };
 
 /// features [T, rows] = the hidden values that run: of the shared slice, and of the token's
@@ -212,12 +184,12 @@ void mask_features(const Rows& rows, const std::vector<std::int32_t>& ids, std::
       for (std::int64_t r = first; r < last; ++r) row[r] = h[rows.neuron[r]];
     };
     for (std::int64_t t = begin; t < end; ++t) {
-      std::fill(row.begin(), row.begin() + rows.routed, 0.0f);
+      std::fill(row.begin(), row.begin() + rows.routed(), 0.0f);
       for (std::int64_t k = 0; k < active; ++k) {
-        const std::int64_t first = ids[t * active + k] * rows.width;
-        copy(hidden.row(t), first, first + rows.width);
+        const std::int32_t e = ids[t * active + k];
+        copy(hidden.row(t), rows.experts.begin[e], rows.experts.begin[e + 1]);
       }
-      copy(hidden.row(t), rows.routed, rows.size());
+      copy(hidden.row(t), rows.routed(), rows.size());
       std::copy(row.begin(), row.end(), features.row(t));
     }
   });
@@ -288,16 +260,16 @@ class BudgetConversion {
     conversion_.router_recall.push_back(capture.recall);
     if (dense_) aim_at_dense_stream(target);
 
-    const Rows rows(capture.partition, spec_.expert_width);
+    Rows rows(source.ffn.view(), capture.partition);
     const MatrixView<float> features(hidden_.data(), T, rows.size(), H);
     std::vector<std::int32_t> ids;
     if (shares_.active > 0)
       ids = choose_experts(tokens.input, capture.router, shares_.active, parallel_);
     record_load(ids, rows.size(), l);
     mask_features(rows, ids, shares_.active, hidden, features, parallel_);
-    const std::vector<float> down = repaired_down(source, rows, features, target, weight);
-    advance(source, features, down, target, weight);
-    keep(source, rows, down, capture);
+    if (spec_.refit) rows.set_down_t(repaired_down(rows, features, target, weight));
+    advance(source, features, rows.down_t(), target, weight);
+    keep(std::move(rows), capture, source.ffn.down_bias);
   }
 
   CaptureSpec capture_spec(std::uint64_t layer) const {
@@ -377,18 +349,12 @@ class BudgetConversion {
     });
   }
 
-  std::vector<float> repaired_down(const SplitSource& source, const Rows& rows,
-                                   MatrixView<const float> features, MatrixView<const float> target,
-                                   std::span<const float> weight) {
-    const std::int64_t D = source.ffn.d_model;
-    std::vector<float> prior;
-    prior.reserve(static_cast<std::size_t>(rows.size() * D));
-    for (const std::int32_t j : rows.neuron)
-      prior.insert(prior.end(), source.down_t.begin() + j * D, source.down_t.begin() + (j + 1) * D);
-    if (!spec_.refit) return prior;
-    RidgeRefit fit(rows.size(), D);
+  std::vector<float> repaired_down(const Rows& rows, MatrixView<const float> features,
+                                   MatrixView<const float> target, std::span<const float> weight) {
+    const std::vector<float> prior = rows.down_t();
+    RidgeRefit fit(rows.size(), target.cols);
     fit.observe(features, target, weight, parallel_);
-    return fit.solve({prior.data(), rows.size(), D}, spec_.refit_spec, parallel_);
+    return fit.solve({prior.data(), rows.size(), target.cols}, spec_.refit_spec, parallel_);
   }
 
   /// The converted layer's output goes into the stream.
@@ -407,24 +373,15 @@ class BudgetConversion {
     }
   }
 
-  void keep(const SplitSource& source, const Rows& rows, const std::vector<float>& down,
-            const Capture& capture) {
-    const auto middle = rows.neuron.begin() + rows.routed;
-    const std::int64_t kept = rows.size() - rows.routed;
-    const float* shared_down = down.data() + rows.routed * source.ffn.d_model;
-    ExpertBank shared;
-    if (kept > 0) shared = gather(source, {middle, rows.neuron.end()}, {0, kept}, shared_down);
+  void keep(Rows rows, const Capture& capture, const std::vector<float>& down_bias) {
     if (shares_.active == 0) {
-      shared.down_bias = source.ffn.down_bias;
-      conversion_.pruned.push_back(std::move(shared));
+      rows.shared.down_bias = down_bias;
+      conversion_.pruned.push_back(std::move(rows.shared));
       return;
     }
-    std::vector<std::int64_t> begin;
-    for (std::int64_t e = 0; e <= shares_.experts; ++e) begin.push_back(e * rows.width);
     MoeLayer layer;
-    layer.experts = gather(source, {rows.neuron.begin(), middle}, std::move(begin), down.data());
-    layer.experts.down_bias = source.ffn.down_bias;
-    layer.shared = std::move(shared);
+    layer.experts = std::move(rows.experts);
+    if (shares_.shared > 0) layer.shared = std::move(rows.shared);
     layer.router = capture.router;
     layer.experts_per_token = shares_.active;
     layer.gate = GateMode::kHard;
