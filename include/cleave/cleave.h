@@ -23,5 +23,6 @@
 #include "cleave/moe_layer.h"
 #include "cleave/packed.h"
 // 5 the whole way, and writing
+#include "cleave/baselines.h"
 #include "cleave/convert.h"
 #include "cleave/export.h"
