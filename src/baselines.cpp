@@ -71,8 +71,8 @@ BaselineSpec shared_row(std::int64_t hidden, std::int64_t parts, double rho) {
 
 BaselineSpec shared_ridge(std::int64_t hidden, double rho, bool compensate) {
   BaselineSpec spec = shared_row(hidden, kFineParts, rho);
-  spec.method = fmt::format("half shared by energy, rest k-means width {}, ridge router{}",
-                            hidden / kFineParts, compensate ? ", mean compensation" : "");
+  spec.method = fmt::format("half shared, k-means width {}, ridge router{}", hidden / kFineParts,
+                            compensate ? ", compensation" : "");
   spec.split = BaselineSplit::kKMeans;
   spec.router = BaselineRouter::kRidge;
   spec.compensate = compensate;

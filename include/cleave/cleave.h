@@ -26,3 +26,4 @@
 #include "cleave/baselines.h"
 #include "cleave/convert.h"
 #include "cleave/export.h"
+#include "cleave/report.h"
