@@ -19,31 +19,38 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// A model on one window after the other, with the time it takes.
+// A model on one window after the other, with the time it takes. With `states` it does not run.
 class Runner {
  public:
-  Runner(Model& model, std::int64_t context)
-      : model_(model),
-        cache_(model.config(), context),
-        hidden_(context * model.config().hidden_size),
-        logits_(kLogitRows * model.config().vocab_size) {}
+  Runner(Model& model, std::int64_t context, const HiddenStates* states = nullptr)
+      : model_(model), states_(states), logits_(kLogitRows * model.config().vocab_size) {
+    if (states != nullptr) return;
+    cache_.emplace(model.config(), context);
+    hidden_ = Buffer(context * model.config().hidden_size);
+  }
 
-  void run(std::span<const std::int32_t> window, const ForwardHooks& hooks = {}) {
+  void run(std::span<const std::int32_t> window, std::int64_t index,
+           const ForwardHooks& hooks = {}) {
+    const auto T = static_cast<std::int64_t>(window.size()), D = model_.config().hidden_size;
+    if (states_ != nullptr) {
+      current_ = states_->values.data() + index * T * D;
+      return;
+    }
     const auto start = std::chrono::steady_clock::now();
-    cache_.clear();
-    model_.forward(
-        window, cache_,
-        {hidden_.data(), static_cast<std::int64_t>(window.size()), model_.config().hidden_size},
-        hooks);
+    cache_->clear();
+    model_.forward(window, *cache_, {hidden_.data(), T, D}, hooks);
+    current_ = hidden_.data();
     elapsed_s_ += seconds_since(start);
   }
+
+  const float* hidden() const { return current_; }
 
   /// Logits of positions [begin, begin + count) of the window; valid until the next call.
   MatrixView<const float> logits(std::int64_t begin, std::int64_t count) {
     const auto start = std::chrono::steady_clock::now();
     const std::int64_t D = model_.config().hidden_size;
     const MatrixView<float> out(logits_.data(), count, model_.config().vocab_size);
-    model_.logits({hidden_.data() + begin * D, count, D}, out);
+    model_.logits({current_ + begin * D, count, D}, out);
     elapsed_s_ += seconds_since(start);
     return out;
   }
@@ -52,8 +59,10 @@ class Runner {
 
  private:
   Model& model_;
-  KvCache cache_;
+  const HiddenStates* states_ = nullptr;
+  std::optional<KvCache> cache_;
   Buffer hidden_, logits_;
+  const float* current_ = nullptr;  // [context, D] of the window
   double elapsed_s_ = 0.0;
 };
 
@@ -91,11 +100,13 @@ class LoadCounter {
     for (std::int64_t l = 0; l < model.config().num_layers; ++l)
       counts_[l].assign(model.num_experts(l), 0);
   }
-  ForwardHooks hooks() {
-    ForwardHooks hooks;
-    hooks.routing = [this](std::int64_t layer, const Routing& routing) {
+  /// The caller's hooks, with the counting.
+  ForwardHooks hooks(ForwardHooks hooks) {
+    const auto own = hooks.routing;
+    hooks.routing = [this, own](std::int64_t layer, const Routing& routing) {
       for (const std::int32_t id : routing.ids)
         if (id != Routing::kUnused) ++counts_[layer][id];
+      if (own) own(layer, routing);
     };
     return hooks;
   }
@@ -114,6 +125,7 @@ class LoadCounter {
     LayerLoad load;
     std::int64_t total = 0;
     for (const std::int64_t count : counts) total += count;
+    if (total == 0) return {};  // dense, or a hook stood in for the experts
     load.active_experts = static_cast<double>(total) / static_cast<double>(tokens);
     for (const std::int64_t count : counts) {
       const double share = static_cast<double>(count) / static_cast<double>(total);
@@ -143,32 +155,64 @@ void check(const Model& model, const TokenWindows& text, const Model* reference)
           id, V - 1);
 }
 
+void check_states(const char* whose, const Model& model, const TokenWindows& text,
+                  const HiddenStates* states) {
+  if (states == nullptr) return;
+  const std::int64_t D = model.config().hidden_size, tokens = text.count() * text.context;
+  if (states->d_model != D || static_cast<std::int64_t>(states->values.size()) != tokens * D)
+    fail_argument(
+        "evaluate: the hidden states of the {} hold {} values of width {}; expected {} tokens of "
+        "width {}: make them with hidden_states() on this text",
+        whose, states->values.size(), states->d_model, tokens, D);
+}
+
 double perplexity(const Sums& sums, std::int64_t positions) {
   return std::exp(sums.nll / static_cast<double>(positions));
 }
 
 }  // namespace
 
-EvalResult evaluate(Model& model, const TokenWindows& text, Model* reference,
-                    const std::function<void(std::int64_t, std::int64_t, double)>& progress) {
-  check(model, text, reference);
+HiddenStates hidden_states(Model& model, const TokenWindows& text, const ForwardHooks& hooks) {
+  check(model, text, nullptr);
   Runner runner(model, text.context);
+  HiddenStates states{model.config().hidden_size, {}};
+  const std::int64_t window_size = text.context * states.d_model;
+  states.values.reserve(static_cast<std::size_t>(text.count() * window_size));
+  for (std::int64_t w = 0; w < text.count(); ++w) {
+    runner.run(text.window(w), w, hooks);
+    states.values.insert(states.values.end(), runner.hidden(), runner.hidden() + window_size);
+  }
+  return states;
+}
+
+EvalResult evaluate(Model& model, const TokenWindows& text, Model* reference,
+                    const EvalProgress& progress) {
+  return evaluate(model, text, EvalSpec{.reference = reference, .progress = progress});
+}
+
+EvalResult evaluate(Model& model, const TokenWindows& text, const EvalSpec& spec) {
+  Model* const reference = spec.reference;
+  check(model, text, reference);
+  check_states("model", model, text, spec.states);
+  if (reference != nullptr) check_states("reference", *reference, text, spec.reference_states);
+  Runner runner(model, text.context, spec.states);
   std::optional<Runner> against;
-  if (reference != nullptr) against.emplace(*reference, text.context);
+  if (reference != nullptr) against.emplace(*reference, text.context, spec.reference_states);
   LoadCounter load(model);
+  const ForwardHooks hooks = load.hooks(spec.hooks);
   Sums sums;
   const std::int64_t predicted = text.context - 1;
   for (std::int64_t w = 0; w < text.count(); ++w) {
     const std::span<const std::int32_t> window = text.window(w);
-    runner.run(window, load.hooks());
-    if (against) against->run(window);
+    runner.run(window, w, hooks);
+    if (against) against->run(window, w);
     for (std::int64_t begin = 0; begin < predicted; begin += kLogitRows) {
       const std::int64_t count = std::min(kLogitRows, predicted - begin);
       add_positions(window, begin, runner.logits(begin, count),
                     against ? against->logits(begin, count) : MatrixView<const float>(),
                     model.parallel(), sums);
     }
-    if (progress) progress(w + 1, text.count(), perplexity(sums, (w + 1) * predicted));
+    if (spec.progress) spec.progress(w + 1, text.count(), perplexity(sums, (w + 1) * predicted));
   }
 
   EvalResult result;

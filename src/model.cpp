@@ -322,6 +322,21 @@ DenseFfn Model::dense_ffn(std::int64_t layer) const {
   return ffn;
 }
 
+MoeLayer Model::moe_layer(std::int64_t layer) const {
+  const auto* moe = std::get_if<PackedMoe>(&impl_->layer("Model::moe_layer", layer).ffn);
+  if (moe == nullptr) fail_argument("Model::moe_layer: layer {} is dense", layer);
+  MoeLayer result;
+  result.experts = moe->experts.unpack();
+  const std::int64_t E = result.experts.num_experts(), D = result.experts.d_model;
+  result.router = {E, D, std::vector<float>(static_cast<std::size_t>(E * D))};
+  for (std::int64_t e = 0; e < E; ++e)
+    moe->router.unpack_row(e, result.router.weight.data() + e * D);
+  result.experts_per_token = moe->experts_per_token;
+  result.gate = moe->gate;
+  result.scale = moe->scale;
+  return result;
+}
+
 std::int64_t Model::num_experts(std::int64_t layer) const {
   const auto* moe = std::get_if<PackedMoe>(&impl_->layer("Model::num_experts", layer).ffn);
   return moe != nullptr ? moe->experts.num_experts() : 0;

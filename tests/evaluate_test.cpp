@@ -102,6 +102,40 @@ TEST(Evaluate, CountsTheLoadOfEveryExpert) {
   EXPECT_TRUE(evaluate(model = tiny("llama"), {random_ids(20, 96), 20}).load.at(0).share.empty());
 }
 
+TEST(Evaluate, StatesStandForTheModelsTheyCameFrom) {
+  Model model = tiny("llama"), reference = tiny("llama_long");
+  const TokenWindows text{random_ids(160, 96), 80};
+  const EvalResult expected = evaluate(model, text, &reference);
+  const HiddenStates mine = hidden_states(model, text), theirs = hidden_states(reference, text);
+  for (const HiddenStates* states : {static_cast<const HiddenStates*>(nullptr), &mine}) {
+    const EvalResult result = evaluate(
+        model, text, {.reference = &reference, .reference_states = &theirs, .states = states});
+    EXPECT_EQ(result.mean_nll, expected.mean_nll);
+    EXPECT_EQ(result.kl, expected.kl);
+    EXPECT_EQ(result.top1_agreement, expected.top1_agreement);
+  }
+  const TokenWindows other{random_ids(80, 96), 80};
+  EXPECT_THROW(evaluate(model, other, {.states = &mine}), InvalidArgument);
+  EXPECT_THROW(evaluate(model, other, {.reference = &reference, .reference_states = &theirs}),
+               InvalidArgument);
+}
+
+TEST(Evaluate, HooksReplaceFfns) {
+  Model model = tiny("mixtral"), same = tiny("mixtral");
+  const TokenWindows text{random_ids(40, 96), 20};
+  int routed = 0;
+  ForwardHooks hooks;
+  hooks.ffn = [](std::int64_t layer, MatrixView<const float>, MatrixView<float>) {
+    return layer == 1;  // gives 0
+  };
+  hooks.routing = [&](std::int64_t layer, const Routing&) { routed += layer == 0 ? 1 : 100; };
+  const EvalResult result = evaluate(model, text, {.reference = &same, .hooks = hooks});
+  EXPECT_GT(result.kl, 0.0);
+  EXPECT_EQ(routed, 2);  // once a window, layer 0 alone
+  EXPECT_EQ(result.load.at(0).share.size(), 4u);
+  EXPECT_TRUE(result.load.at(1).share.empty());
+}
+
 TEST(Evaluate, RefusesTextsAndReferencesThatDoNotFit) {
   Model model = tiny("llama");
   EXPECT_THROW(evaluate(model, {{1, 2, 96, 3}, 4}), InvalidArgument);

@@ -24,5 +24,7 @@
 #include "cleave/moe_layer.h"
 #include "cleave/packed.h"
 // 5 the whole way, and writing
+#include "cleave/baselines.h"
 #include "cleave/convert.h"
 #include "cleave/export.h"
+#include "cleave/report.h"

@@ -39,11 +39,37 @@ struct EvalResult {
   double active_experts = 0.0;  ///< mean over the tokens and the layers with experts; 0: none has
 };
 
+/// Final norm outputs of a model on a text: what its head turns into logits. 4 * D bytes a token,
+/// where the logits would take 4 * V: with them, many variants are compared with one dense model
+/// that runs once.
+struct HiddenStates {
+  std::int64_t d_model = 0;   ///< D
+  std::vector<float> values;  ///< [tokens, D], window after window
+};
+
+/// One forward pass over all windows. @throws InvalidArgument  as evaluate()
+HiddenStates hidden_states(Model& model, const TokenWindows& text, const ForwardHooks& hooks = {});
+
+/// Called after each window with (windows done, windows in all, perplexity so far).
+using EvalProgress = std::function<void(std::int64_t, std::int64_t, double)>;
+
+/// What a model is evaluated with. Nothing is owned.
+struct EvalSpec {
+  Model* reference = nullptr;  ///< the dense model to compare with; V must agree. May be the model
+  /// Of `reference` on this text: it then only computes logits.
+  const HiddenStates* reference_states = nullptr;
+  /// Of the model itself on this text: it then only computes logits, and `load` stays empty.
+  const HiddenStates* states = nullptr;
+  ForwardHooks hooks = {};  ///< watch the model, or replace its FFNs
+  EvalProgress progress = {};
+};
+
+/// @throws InvalidArgument  vocabularies differ, a token id is outside them, or states are not of
+///                          this text and model
+EvalResult evaluate(Model& model, const TokenWindows& text, const EvalSpec& spec);
+
 /// @param reference  the dense model to compare with, or nullptr; V must agree
-/// @param progress   called after each window with (windows done, windows in all, perplexity so
-/// far)
-/// @throws InvalidArgument  vocabularies differ, or a token id is outside them
 EvalResult evaluate(Model& model, const TokenWindows& text, Model* reference = nullptr,
-                    const std::function<void(std::int64_t, std::int64_t, double)>& progress = {});
+                    const EvalProgress& progress = {});
 
 }  // namespace cleave

@@ -125,6 +125,9 @@ class Model {
   /// The FFN of a layer that is dense, as the kernels see it: exact with float32 weights.
   /// @throws InvalidArgument  the layer holds experts
   DenseFfn dense_ffn(std::int64_t layer) const;
+  /// The experts and the router of a layer that holds some: exact with float32 weights.
+  /// @throws InvalidArgument  the layer is dense
+  MoeLayer moe_layer(std::int64_t layer) const;
   /// E of a layer that holds experts, 0 where it is dense.
   std::int64_t num_experts(std::int64_t layer) const;
   /// Bytes of the packed weights: what generating one token reads, but for inactive experts.

@@ -47,6 +47,7 @@ int run(int argc, char** argv) {
   cleave::cli::add_convert_command(app);
   cleave::cli::add_train_command(app);
   cleave::cli::add_eval_command(app);
+  cleave::cli::add_report_command(app);
   cleave::cli::add_run_command(app);
   cleave::cli::add_bench_command(app);
   cleave::cli::add_tokenize_command(app);

@@ -1,0 +1,134 @@
+#include <fmt/format.h>
+
+#include <memory>
+
+#include "cli/cli.h"
+
+namespace cleave::cli {
+namespace {
+
+struct ReportOptions {
+  CommonOptions common;
+  std::string model, dense;
+  std::vector<std::string> text, calibration;
+  std::string baselines = "quick";
+  std::string out;
+  std::int64_t context = 1024;
+  std::int64_t limit_tokens = 16384;
+  std::int64_t calibration_tokens = 65536;
+};
+
+std::string name_of(const std::filesystem::path& path) {
+  const auto normal = std::filesystem::absolute(path).lexically_normal();
+  return (normal.has_filename() ? normal : normal.parent_path()).filename().string();
+}
+
+BaselineSet baseline_set(const ReportOptions& options) {
+  const auto set = parse_baseline_set(options.baselines);
+  if (!set)
+    throw InvalidArgument(fmt::format(
+        "--baselines: unknown value '{}'; choose one of none, quick, all", options.baselines));
+  if (*set != BaselineSet::kNone && options.calibration.empty())
+    throw InvalidArgument(
+        "--baselines: they are fitted on text; give --calibration FILE, the one the model was "
+        "converted with, or --baselines none");
+  return *set;
+}
+
+std::vector<NamedText> load_texts(const ReportOptions& options, const Tokenizer& tokenizer) {
+  std::vector<NamedText> texts;
+  for (const std::string& file : options.text)
+    texts.push_back(
+        {name_of(file), load_windows(tokenizer, {file}, options.context, options.limit_tokens)});
+  return texts;
+}
+
+std::string calibration_name(const ReportOptions& options) {
+  std::string names;
+  for (const std::string& file : options.calibration)
+    names += (names.empty() ? "" : ", ") + name_of(file);
+  return names;
+}
+
+std::string table_text(const ConversionReport& report) {
+  std::string text;
+  for (const TextReport& of : report.texts) {
+    text += fmt::format("\n{} ({} windows of {})\n{:<58} {:>5} {:>10} {:>9} {:>6}\n", of.name,
+                        of.windows, of.context, "method", "rho", "perplexity", "KL", "top-1");
+    for (const QualityRow& row : of.rows)
+      text += fmt::format("{:<58} {:5.3g} {:10.4g} {:9.4f} {:6.3f}\n",
+                          row.deployable ? row.method : row.method + " (oracle)", row.rho,
+                          row.perplexity, row.kl, row.top1_agreement);
+  }
+  return text;
+}
+
+void run_report(const ReportOptions& options) {
+  const ReportSpec spec{.baselines = baseline_set(options), .seed = options.common.seed};
+  const Checkpoint converted = Checkpoint::open(options.model);
+  const Checkpoint source = Checkpoint::open(options.dense);
+  std::filesystem::path out = options.out;
+  if (out.empty()) out = converted.directory();
+  const Tokenizer tokenizer = Tokenizer::from_checkpoint(converted);
+  const std::vector<NamedText> texts = load_texts(options, tokenizer);
+  std::optional<TokenWindows> calibration;
+  if (spec.baselines != BaselineSet::kNone)
+    calibration =
+        load_windows(tokenizer, options.calibration, options.context, options.calibration_tokens);
+
+  Progress progress(options.common.quiet);
+  Model model = Model::load(converted, {.threads = options.common.threads});
+  Model dense = Model::load(source, {.threads = options.common.threads});
+  ConversionReport report =
+      make_report(model, dense, texts, calibration ? &*calibration : nullptr, spec,
+                  [&](const std::string& what, std::int64_t done, std::int64_t all) {
+                    progress.update(fmt::format("{} {}/{}", what, done, all), done == all);
+                  });
+  report.model = name_of(options.model);
+  report.dense = name_of(options.dense);
+  report.calibration = calibration_name(options);
+  if (const auto provenance = read_provenance(converted.directory()))
+    if (!provenance->spec_json.empty()) report.settings = provenance->spec_json;
+  write_report(out, report);
+  print_result(options.common, Json::parse(report_json(report)),
+               fmt::format("{}\n{}\n{}\n", verdict(report), table_text(report),
+                           (out / "report.html").string()));
+}
+
+}  // namespace
+
+void add_report_command(CLI::App& app) {
+  auto options = std::make_shared<ReportOptions>();
+  CLI::App* command = app.add_subcommand(
+      "report", "A converted model beside pruning, published splits and oracles at its budget");
+  command->add_option("MODEL", options->model, "Converted model directory")->required();
+  command->add_option("DENSE", options->dense, "The dense model it was made of")->required();
+  command->add_option("--text", options->text, "Text file(s), UTF-8; each is measured by itself")
+      ->required();
+  command->add_option("--calibration", options->calibration,
+                      "Text file(s) that the baselines are fitted on (joined)");
+  command
+      ->add_option("--baselines", options->baselines,
+                   "What to measure beside the model: none, quick or all")
+      ->capture_default_str();
+  command->add_option("--out", options->out,
+                      "Directory for report.json, .md and .html; default: MODEL");
+  command->add_option("--context", options->context, "Window length, tokens")
+      ->capture_default_str()
+      ->check(CLI::Range(2, 1 << 24));
+  command
+      ->add_option("--limit-tokens", options->limit_tokens,
+                   "Use only the first N tokens of each text; 0: all")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  command
+      ->add_option("--calibration-tokens", options->calibration_tokens,
+                   "Use only the first N tokens of the calibration text; 0: all")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  add_seed_option(*command, options->common, "the baselines' random splits and clusterings");
+  add_common_options(*command, options->common);
+  command->callback([options] { run_report(*options); });
+}
+
+}  // namespace cleave::cli

@@ -1,0 +1,221 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "cleave/report.h"
+#include "report_text.h"
+#include "svg_plot.h"
+
+namespace cleave {
+namespace {
+
+constexpr int kPlotWidth = 820, kPlotHeight = 360;
+constexpr double kLabelHeight = 13.0;    // pixels
+constexpr std::size_t kMostLabels = 22;  // that fit beside a plot; the table has the others
+constexpr double kDarkestLoad = 3.0;     // times an even load; more looks the same
+
+constexpr const char* kStyle = R"(
+:root{color-scheme:light dark;--bg:#fff;--ink:#1b2130;--soft:#5c6575;--grid:#dfe3ea;--ours:#c2410c;
+--base:#1d5fd0;--oracle:#8b94a3;--second:#15803d}
+@media(prefers-color-scheme:dark){:root{--bg:#14171d;--ink:#e6e9ef;--soft:#9aa4b5;--grid:#2c323d;
+--ours:#fb923c;--base:#6ea8fe;--oracle:#7a8494;--second:#4ade80}}
+body{background:var(--bg);color:var(--ink);font:15px/1.45 system-ui,sans-serif;max-width:60rem;
+margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
+.verdict{font-size:1.1rem;border-left:4px solid var(--ours);padding:.4rem .8rem}
+.soft,caption{color:var(--soft)}caption{text-align:left;padding-bottom:.3rem}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .5rem;text-align:right;border-bottom:1px solid var(--grid)}
+th.name,td.name{text-align:left}tr.ours td{color:var(--ours);font-weight:600}
+td.bar{background:linear-gradient(90deg,var(--grid) var(--w),transparent var(--w))}
+.scroll{overflow-x:auto}svg{max-width:100%;height:auto;display:block}
+.grid{stroke:var(--grid);fill:none}.note{fill:var(--soft);font-size:11px}
+.line{fill:none;stroke-width:2}.line.ours{stroke:var(--ours)}.line.second{stroke:var(--second)}
+circle.ours{fill:var(--ours)}circle.base{fill:var(--base)}circle.second{fill:var(--second)}
+circle.oracle{fill:var(--bg);stroke:var(--oracle);stroke-width:1.5}
+.cell{fill:var(--ours)}.key{display:inline-block;margin-right:1.2em}
+)";
+
+const char* css_of(const QualityRow& row) {
+  return row.ours ? "ours" : row.deployable ? "base" : "oracle";
+}
+
+std::string table_of(const TextReport& text) {
+  double worst = 0.0;
+  for (const QualityRow& row : text.rows) worst = std::max(worst, row.kl);
+  std::string out =
+      R"(<div class="scroll"><table><tr><th>#</th><th class="name">method</th><th class="name">kind</th>)"
+      "<th>rho</th><th>FFN multiply-adds</th><th>perplexity</th><th>KL</th><th>top-1</th></tr>\n";
+  for (std::size_t i = 0; i < text.rows.size(); ++i) {
+    const QualityRow& row = text.rows[i];
+    out += fmt::format(
+        R"(<tr{}><td>{}</td><td class="name">{}</td><td class="name">{}</td><td>{:.3g}</td><td>{}</td>)"
+        R"(<td>{}</td><td class="bar" style="--w:{:.1f}%">{}</td><td>{:.3f}</td></tr>)"
+        "\n",
+        row.ours ? R"( class="ours")" : "", i, escape_markup(row.method), row_kind(row), row.rho,
+        share_percent(row.active_share), short_number(row.perplexity),
+        worst > 0.0 ? 100.0 * row.kl / worst : 0.0, short_number(row.kl), row.top1_agreement);
+  }
+  return out + "</table></div>\n";
+}
+
+bool can_be_drawn(const QualityRow& row) { return row.kl > 0.0 && std::isfinite(row.kl); }
+
+/// Heights of labels that want to stand at `wanted` (ascending): moved down until none touches the
+/// one above, then up where they have left the plot.
+std::vector<double> spread(std::vector<double> wanted, double bottom) {
+  for (std::size_t i = 1; i < wanted.size(); ++i)
+    wanted[i] = std::max(wanted[i], wanted[i - 1] + kLabelHeight);
+  double limit = bottom;
+  for (std::size_t i = wanted.size(); i > 0; --i, limit -= kLabelHeight)
+    wanted[i - 1] = std::min(wanted[i - 1], limit);
+  return wanted;
+}
+
+/// Names beside the points, on the side that has more room.
+void label_points(const std::vector<const QualityRow*>& rows, SvgPlot& plot) {
+  double left = kPlotWidth, right = 0.0;
+  for (const QualityRow* row : rows) {
+    left = std::min(left, plot.x(row->active_share));
+    right = std::max(right, plot.x(row->active_share));
+  }
+  const bool to_right = kPlotWidth - right > left;
+  const double at = to_right ? right + 34 : left - 34;
+  std::vector<double> heights;
+  for (const QualityRow* row : rows) heights.push_back(plot.y(row->kl));
+  heights = spread(std::move(heights), kPlotHeight - 46.0);
+  for (std::size_t i = 0; i < rows.size(); ++i) {
+    plot.leader(plot.x(rows[i]->active_share), plot.y(rows[i]->kl), at, heights[i]);
+    plot.text(to_right ? at + 4 : at - 4, heights[i] + 4, rows[i]->method,
+              to_right ? "start" : "end");
+  }
+}
+
+/// KL over the active share.
+std::string quality_plot(const TextReport& text) {
+  std::vector<const QualityRow*> rows;
+  for (const QualityRow& row : text.rows)
+    if (can_be_drawn(row)) rows.push_back(&row);
+  if (rows.empty()) return {};  // nothing but the dense model
+  std::stable_sort(rows.begin(), rows.end(), [](auto* a, auto* b) { return a->kl > b->kl; });
+  SvgPlot plot({"share of the dense FFN's multiply-adds, routers included", 0.0, 1.1},
+               {"KL to the dense model, nats", rows.back()->kl / 1.6, rows.front()->kl * 1.6, true},
+               kPlotWidth, kPlotHeight);
+  if (rows.size() <= kMostLabels) label_points(rows, plot);
+  for (const bool ours : {false, true})  // ours on top
+    for (const QualityRow* row : rows)
+      if (row->ours == ours)
+        plot.point(row->active_share, row->kl, css_of(*row),
+                   fmt::format("{}: KL {}", row->method, short_number(row->kl)));
+  return plot.str();
+}
+
+std::string line_plot(const ConversionReport& report, const char* label, double to,
+                      double LayerReport::*first, double LayerReport::*second) {
+  const double last = static_cast<double>(report.layers.back().layer);
+  SvgPlot plot({"layer", 0.0, std::max(last, 1.0), false, true}, {label, 0.0, to}, kPlotWidth, 240);
+  const auto draw = [&](double LayerReport::*value, const char* css) {
+    std::vector<std::pair<double, double>> points;
+    for (const LayerReport& layer : report.layers)
+      points.emplace_back(static_cast<double>(layer.layer), layer.*value);
+    plot.line(points, css);
+    for (const auto& [x, y] : points)
+      plot.point(x, y, css, fmt::format("layer {:.0f}: {:.3f}", x, y));
+  };
+  draw(first, "ours");
+  if (second != nullptr) draw(second, "second");
+  return plot.str();
+}
+
+std::string error_plot(const ConversionReport& report) {
+  double most = 0.0;
+  for (const LayerReport& layer : report.layers) most = std::max(most, layer.relative_error);
+  return line_plot(report, "relative error", most > 0.0 ? 1.1 * most : 1.0,
+                   &LayerReport::relative_error, nullptr);
+}
+
+std::string load_map(const ConversionReport& report) {
+  std::size_t experts = 1;
+  for (const LayerReport& layer : report.layers) experts = std::max(experts, layer.load.size());
+  const auto rows = static_cast<double>(report.layers.size());
+  const int height = static_cast<int>(52 + 14 * rows);
+  const auto E = static_cast<double>(experts);
+  SvgPlot plot({"expert", -0.5, E - 0.5, false, true}, {"layer", -0.5, rows - 0.5, false, true},
+               kPlotWidth, height);
+  for (std::size_t l = 0; l < report.layers.size(); ++l) {
+    const LayerReport& layer = report.layers[l];
+    const auto own = static_cast<double>(layer.load.size());
+    for (std::size_t e = 0; e < layer.load.size(); ++e) {
+      const double times_even = layer.load[e] * own;
+      const double column = static_cast<double>(e), line = static_cast<double>(l);
+      const double left = plot.x(column - 0.5), top = plot.y(line + 0.5);
+      plot.cell(left, top, plot.x(column + 0.5) - left, plot.y(line - 0.5) - top,
+                std::min(times_even / kDarkestLoad, 1.0),
+                fmt::format("layer {}, expert {}: {:.2f} times an even load", layer.layer, e,
+                            times_even));
+    }
+  }
+  return plot.str();
+}
+
+std::string layers_part(const ConversionReport& report) {
+  if (report.layers.empty()) return {};
+  return fmt::format(
+      "<h2>Error of each layer</h2><p class=\"soft\">Mean of |MoE(x) - FFN(x)|&sup2; / "
+      "|FFN(x)|&sup2;, on the converted model's own stream.</p>{}\n"
+      "<h2>Router against oracle</h2><p class=\"soft\">The oracle takes the experts with the "
+      "largest output. <span class=\"key\" style=\"color:var(--ours)\">share of its experts that "
+      "the router chose</span><span class=\"key\" style=\"color:var(--second)\">energy of the "
+      "chosen over the oracle's</span></p>{}\n"
+      "<h2>Load of the experts</h2><p class=\"soft\">Share of the tokens; full colour: {} times an "
+      "even load or more.</p>{}\n",
+      error_plot(report),
+      line_plot(report, "share", 1.0, &LayerReport::router_recall, &LayerReport::captured_energy),
+      kDarkestLoad, load_map(report));
+}
+
+std::string facts(const ConversionReport& report) {
+  std::string timings;
+  for (const auto& [what, seconds] : report.timings_s)
+    timings += fmt::format("<tr><td class=\"name\">{}</td><td>{:.1f} s</td></tr>\n",
+                           escape_markup(what), seconds);
+  return fmt::format(
+      "<h2>Cost and settings</h2><table>\n"
+      "<tr><td class=\"name\">multiply-adds per token, dense</td><td>{}</td></tr>\n"
+      "<tr><td class=\"name\">converted</td><td>{}</td></tr>\n"
+      "<tr><td class=\"name\">FFN, dense / converted / routers</td><td>{} / {} / {}</td></tr>\n"
+      "<tr><td class=\"name\">calibration of the baselines</td><td>{} tokens, {}</td></tr>\n"
+      "<tr><td class=\"name\">seed</td><td>{}</td></tr>\n"
+      "<tr><td class=\"name\">machine</td><td>{} threads, {}</td></tr>\n{}</table>\n"
+      "<details><summary>How the model was made</summary><pre>{}</pre></details>\n",
+      report.dense_macs_per_token, report.macs_per_token, report.dense_ffn_macs_per_token,
+      report.ffn_macs_per_token, report.router_macs_per_token, report.calibration_tokens,
+      report.calibration.empty() ? "no text" : escape_markup(report.calibration), report.seed,
+      report.threads, report.instruction_set, timings, escape_markup(report.settings));
+}
+
+}  // namespace
+
+std::string report_html(const ConversionReport& report) {
+  std::string texts;
+  for (const TextReport& text : report.texts)
+    texts += fmt::format(
+        "<h2>{}</h2><p class=\"soft\">{} windows of {} tokens. Hollow points are oracles, which "
+        "cannot be deployed.</p>\n{}{}",
+        escape_markup(text.name), text.windows, text.context, quality_plot(text), table_of(text));
+  return fmt::format(
+      "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
+      "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">"
+      "<title>{0}: conversion report</title><style>{1}</style></head><body>\n"
+      "<p class=\"verdict\">{2}</p>\n<h1>{0}</h1>\n"
+      "<p class=\"soft\">Made of {3} by cleave {4}; {5} of the FFN's neurons run per token. "
+      "Disjoint windows, no BOS, every token but a window's first is predicted; KL(dense || row) "
+      "in "
+      "nats.</p>\n{6}{7}{8}</body></html>\n",
+      escape_markup(report.model), kStyle, escape_markup(verdict(report)),
+      escape_markup(report.dense), escape_markup(report.tool_version), share_percent(report.rho),
+      texts, layers_part(report), facts(report));
+}
+
+}  // namespace cleave

@@ -1,0 +1,82 @@
+#include <algorithm>
+#include <cmath>
+
+#include <fmt/format.h>
+
+#include "cleave/report.h"
+#include "report_text.h"
+
+namespace cleave {
+namespace {
+
+/// A cell of a table: a bar would end it.
+std::string cell(std::string text) {
+  std::string result;
+  for (const char c : text) {
+    if (c == '|') result += '\\';
+    result += c == '\n' ? ' ' : c;
+  }
+  return result;
+}
+
+std::string quality_table(const TextReport& text) {
+  std::string out = fmt::format(
+      "## {}\n\n{} windows of {} tokens.\n\n"
+      "| method | kind | rho | FFN multiply-adds | perplexity | KL | top-1 |\n"
+      "|---|---|---|---|---|---|---|\n",
+      cell(text.name), text.windows, text.context);
+  for (const QualityRow& row : text.rows) {
+    const char* mark = row.ours ? "**" : "";
+    out += fmt::format("| {}{}{} | {} | {:.3g} | {} | {} | {}{}{} | {:.3f} |\n", mark,
+                       cell(row.method), mark, row_kind(row), row.rho,
+                       share_percent(row.active_share), short_number(row.perplexity), mark,
+                       short_number(row.kl), mark, row.top1_agreement);
+  }
+  return out + "\n";
+}
+
+std::string layer_table(const ConversionReport& report) {
+  if (report.layers.empty()) return {};
+  std::string out =
+      "## Layers\n\n"
+      "Relative error: mean of |MoE(x) - FFN(x)|^2 / |FFN(x)|^2. Recall: share of the oracle's "
+      "experts that the router chose;\ncaptured: the energy of the chosen experts over that of the "
+      "oracle's. Load: entropy over that of an even load, least and\nmost used expert (1 = "
+      "even).\n\n"
+      "| layer | error | recall | captured | load entropy | least | most |\n"
+      "|---|---|---|---|---|---|---|\n";
+  for (const LayerReport& layer : report.layers) {
+    const auto E = static_cast<double>(layer.load.size());
+    const auto [least, most] = std::minmax_element(layer.load.begin(), layer.load.end());
+    out +=
+        fmt::format("| {} | {:.3f} | {:.3f} | {:.3f} | {:.3f} | {:.2f} | {:.2f} |\n", layer.layer,
+                    layer.relative_error, layer.router_recall, layer.captured_energy,
+                    E > 1.0 ? layer.load_entropy / std::log(E) : 1.0, *least * E, *most * E);
+  }
+  return out + "\n";
+}
+
+}  // namespace
+
+std::string report_markdown(const ConversionReport& report) {
+  std::string out = fmt::format(
+      "{}\n\n# {}\n\nMade of {} by cleave {}. Baselines: {} tokens of {}, seed {}.\n"
+      "Multiply-adds per token: {} dense, {} converted (FFN {} -> {}, routers {}).\n\n"
+      "Disjoint windows, no BOS, every token but a window's first is predicted. KL is KL(dense || "
+      "row) in nats. rho is the share\nof the FFN's neurons that runs per token. An oracle sees "
+      "the "
+      "experts' outputs and cannot be deployed.\n\n",
+      verdict(report), cell(report.model), cell(report.dense), report.tool_version,
+      report.calibration_tokens, report.calibration.empty() ? "no text" : cell(report.calibration),
+      report.seed, report.dense_macs_per_token, report.macs_per_token,
+      report.dense_ffn_macs_per_token, report.ffn_macs_per_token, report.router_macs_per_token);
+  for (const TextReport& text : report.texts) out += quality_table(text);
+  out += layer_table(report);
+  if (!report.timings_s.empty()) out += "## Time\n\n| what | seconds |\n|---|---|\n";
+  for (const auto& [what, seconds] : report.timings_s)
+    out += fmt::format("| {} | {:.1f} |\n", cell(what), seconds);
+  out += fmt::format("\n{} threads, {}.\n", report.threads, report.instruction_set);
+  return out;
+}
+
+}  // namespace cleave
