@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# The quality figures of docs/benchmarks.md: SmolLM2-135M converted at three budgets, written, read again and
+# measured beside every baseline on three texts that the conversion did not see.
+#
+#   bench/quality.sh TEXTS OUT [SEED...]
+#
+# TEXTS holds wikitext-2.valid.txt, tinystories.heldout.txt and war-and-peace.txt. OUT receives the cut texts, the
+# models and a report per budget and seed (baselines with the first seed only; default: seed 0). Environment:
+# CLEAVE (the program, default build/bin/cleave), MODEL, CALIBRATION_TOKENS (65536), EVAL_TOKENS (8192 of each text),
+# RHOS ("0.75 0.5 0.25"), BASELINES (all).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -ge 2 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | grep -v '^set' >&2; exit 2; }
+texts=$1 out=$2
+shift 2
+seeds=("${@:-0}")
+cleave=${CLEAVE:-build/bin/cleave}
+model=${MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
+mkdir -p "$out"
+
+# By lines, so that no character is cut. Calibration: the first tokens of the first four fifths.
+lines() { wc -l < "$1"; }
+wiki=$texts/wikitext-2.valid.txt peace=$texts/war-and-peace.txt
+head -n $(($(lines "$wiki") * 4 / 5)) "$wiki" > "$out/wikitext.calibration.txt"
+tail -n $(($(lines "$wiki") / 5)) "$wiki" > "$out/wikitext.heldout.txt"
+tail -n $(($(lines "$peace") / 20)) "$peace" > "$out/war-and-peace.heldout.txt"
+cp "$texts/tinystories.heldout.txt" "$out/stories.heldout.txt"
+held_out=("$out"/wikitext.heldout.txt "$out"/stories.heldout.txt "$out"/war-and-peace.heldout.txt)
+
+convert() { # name, then options
+  local name=$1
+  shift
+  [ -d "$out/$name" ] || "$cleave" convert "$model" "$out/$name" --calibration "$out/wikitext.calibration.txt" \
+    --calibration-tokens "${CALIBRATION_TOKENS:-65536}" "$@"
+}
+against_dense() { # name: KL on every text
+  local text
+  for text in "${held_out[@]}"; do
+    "$cleave" eval "$out/$1" --against "$model" --text "$text" --context 1024 --limit-tokens "${EVAL_TOKENS:-8192}" \
+      --weights f32 --json --quiet > "$out/$1.$(basename "$text" .heldout.txt).json"
+  done
+}
+
+baselines=${BASELINES:-all}
+for seed in "${seeds[@]}"; do
+  for rho in ${RHOS:-0.75 0.5 0.25}; do
+    name=moe-$rho-seed$seed
+    convert "$name" --active-share "$rho" --seed "$seed"
+    "$cleave" report "$out/$name" "$model" --text "${held_out[@]}" --context 1024 \
+      --limit-tokens "${EVAL_TOKENS:-8192}" --calibration "$out/wikitext.calibration.txt" \
+      --calibration-tokens "${CALIBRATION_TOKENS:-65536}" --baselines "$baselines" --seed "$seed" \
+      --out "$out/report-$rho-seed$seed"
+  done
+  baselines=none
+done
+
+# What routing, refit and shared experts each are worth, at the first seed: routing off at the same budget and with the
+# same refit; no refit; experts alone (stock Mixtral).
+for rho in ${RHOS:-0.75 0.5 0.25}; do
+  units=$(python3 -c "print(round(96 * $rho))") # of 16 of SmolLM2's 1536 neurons
+  convert "static-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared "$units"
+  convert "unrepaired-$rho" --active-share "$rho" --seed "${seeds[0]}" --refit off
+  convert "mixtral-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared 0
+  for variant in static unrepaired mixtral; do against_dense "$variant-$rho"; done
+done
