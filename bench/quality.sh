@@ -6,7 +6,7 @@
 #
 # TEXTS holds wikitext-2.valid.txt, tinystories.heldout.txt and war-and-peace.txt. OUT receives the cut texts, the
 # models and a report per budget and seed (baselines with the first seed only; default: seed 0). Environment:
-# CLEAVE (the program, default build/bin/cleave), MODEL, CALIBRATION_TOKENS (65536), EVAL_TOKENS (8192 of each text),
+# CLEAVE (the program, default build/bin/cleave), MODEL, CALIBRATION_TOKENS (32768), EVAL_TOKENS (6144 of each text),
 # RHOS ("0.75 0.5 0.25"), BASELINES (all).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,12 +31,12 @@ convert() { # name, then options
   local name=$1
   shift
   [ -d "$out/$name" ] || "$cleave" convert "$model" "$out/$name" --calibration "$out/wikitext.calibration.txt" \
-    --calibration-tokens "${CALIBRATION_TOKENS:-65536}" "$@"
+    --calibration-tokens "${CALIBRATION_TOKENS:-32768}" "$@"
 }
 against_dense() { # name: KL on every text
   local text
   for text in "${held_out[@]}"; do
-    "$cleave" eval "$out/$1" --against "$model" --text "$text" --context 1024 --limit-tokens "${EVAL_TOKENS:-8192}" \
+    "$cleave" eval "$out/$1" --against "$model" --text "$text" --context 1024 --limit-tokens "${EVAL_TOKENS:-6144}" \
       --weights f32 --json --quiet > "$out/$1.$(basename "$text" .heldout.txt).json"
   done
 }
@@ -47,8 +47,8 @@ for seed in "${seeds[@]}"; do
     name=moe-$rho-seed$seed
     convert "$name" --active-share "$rho" --seed "$seed"
     "$cleave" report "$out/$name" "$model" --text "${held_out[@]}" --context 1024 \
-      --limit-tokens "${EVAL_TOKENS:-8192}" --calibration "$out/wikitext.calibration.txt" \
-      --calibration-tokens "${CALIBRATION_TOKENS:-65536}" --baselines "$baselines" --seed "$seed" \
+      --limit-tokens "${EVAL_TOKENS:-6144}" --calibration "$out/wikitext.calibration.txt" \
+      --calibration-tokens "${CALIBRATION_TOKENS:-32768}" --baselines "$baselines" --seed "$seed" \
       --out "$out/report-$rho-seed$seed"
   done
   baselines=none

@@ -5,42 +5,21 @@
 #include <numeric>
 #include <utility>
 
+#include "cleave/calibrate.h"
 #include "kernels/dispatch.h"
 #include "kernels/product.h"
 
 namespace cleave {
 namespace {
 
-constexpr std::int64_t kElementGrain = 8 * 1024;  // elements worth a thread
-constexpr std::int64_t kTokenGrain = 16;          // tokens worth a thread
-constexpr std::int64_t kSquareTokens = 64;        // whose expert outputs are held at a time
+constexpr std::int64_t kTokenGrain = 16;    // tokens worth a thread
+constexpr std::int64_t kSquareTokens = 64;  // whose expert outputs are held at a time
 
 bool needs_outputs(BaselineRouter router) {
   return router == BaselineRouter::kOracleNorm || router == BaselineRouter::kOracleLabel;
 }
 
 }  // namespace
-
-void hidden_activations(const FfnView& ffn, MatrixView<const float> x, MatrixView<float> h,
-                        const ParallelFor& parallel) {
-  linear(x, ffn.up, ffn.up_bias, h, parallel);
-  Buffer gate(ffn.gate.empty() ? 0 : h.rows * h.cols);
-  if (!ffn.gate.empty())
-    linear(x, ffn.gate, ffn.gate_bias, {gate.data(), h.rows, h.cols}, parallel);
-  parallel(h.rows * h.cols, kElementGrain, [&](std::int64_t begin, std::int64_t end) {
-    isa_kernels().activate(ffn.activation, ffn.gate.empty() ? nullptr : gate.data() + begin,
-                           h.data + begin, h.data + begin, end - begin);
-  });
-}
-
-std::vector<double> down_norms(const FfnView& ffn) {
-  std::vector<double> norms(static_cast<std::size_t>(ffn.down.cols));
-  for (std::int64_t d = 0; d < ffn.down.rows; ++d)
-    for (std::int64_t j = 0; j < ffn.down.cols; ++j)
-      norms[j] += static_cast<double>(ffn.down(d, j)) * ffn.down(d, j);
-  for (double& norm : norms) norm = std::sqrt(norm);
-  return norms;
-}
 
 ExpertSplit::ExpertSplit(const FfnView& ffn, std::vector<std::int32_t> expert_of_neuron,
                          std::int64_t num_experts_in)
@@ -175,8 +154,7 @@ void MaskedFfn::mask_neurons(MatrixView<float> h, const ParallelFor& parallel) c
     std::vector<std::pair<float, std::int32_t>> size(static_cast<std::size_t>(H));
     for (std::int64_t t = begin; t < end; ++t) {
       for (std::int64_t j = 0; j < H; ++j)
-        size[j] = {-std::abs(h(t, j)) * static_cast<float>(norms_[j]),
-                   static_cast<std::int32_t>(j)};
+        size[j] = {-std::abs(h(t, j)) * norms_[j], static_cast<std::int32_t>(j)};
       std::nth_element(size.begin(), size.begin() + kept, size.end());
       for (std::int64_t i = kept; i < H; ++i) h(t, size[i].second) = 0.0f;
     }
@@ -188,7 +166,7 @@ void MaskedFfn::run(MatrixView<const float> x, MatrixView<float> y,
   const FfnView ffn = ffn_.view();
   Buffer hidden(x.rows * ffn_.hidden);
   const MatrixView<float> h(hidden.data(), x.rows, ffn_.hidden);
-  hidden_activations(ffn, x, h, parallel);
+  hidden_activations(ffn, x, h, {}, parallel);
   if (spec_.router == BaselineRouter::kOracleNeuron) {
     mask_neurons(h, parallel);
   } else {

@@ -10,13 +10,6 @@
 
 namespace cleave {
 
-/// h = act(gate x + b) .* (up x + b), the FFN's hidden activations. x [T, D], h [T, H], written.
-void hidden_activations(const FfnView& ffn, MatrixView<const float> x, MatrixView<float> h,
-                        const ParallelFor& parallel);
-
-/// |d_j| of every column of `down`. [H]
-std::vector<double> down_norms(const FfnView& ffn);
-
 /// A layer's experts as row ranges of `down`, to have their outputs one by one.
 struct ExpertSplit {
   std::int64_t num_experts = 0;      ///< E
@@ -63,7 +56,7 @@ class MaskedFfn {
   const BaselineSpec& spec_;
   const BaselineLayer& layer_;
   std::vector<ExpertSplit> split_;  // one, where the router needs the experts' outputs
-  std::vector<double> norms_;       // [H], kOracleNeuron
+  std::vector<float> norms_;        // [H], kOracleNeuron
 };
 
 }  // namespace cleave

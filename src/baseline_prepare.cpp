@@ -9,6 +9,7 @@
 
 #include "baseline_ffn.h"
 #include "cleave/baselines.h"
+#include "cleave/calibrate.h"
 #include "cleave/fit_router.h"
 #include "cmoe_split.h"
 #include "fail.h"
@@ -211,14 +212,14 @@ class LayerWindows {
   /// Computes and keeps h of a window.
   MatrixView<const float> put(std::int64_t w, MatrixView<const float> x) {
     if (keep_) std::copy_n(x.data, context_ * ffn_.d_model, input(w).data);
-    hidden_activations(ffn_.view(), x, hidden(w), parallel_);
+    hidden_activations(ffn_.view(), x, hidden(w), {}, parallel_);
     return hidden(w);
   }
   MatrixView<float> input(std::int64_t w) const {
     return {inputs_.data() + w * context_ * ffn_.d_model, context_, ffn_.d_model};
   }
   MatrixView<const float> activations(std::int64_t w) {
-    if (!keep_hidden_) hidden_activations(ffn_.view(), input(w), hidden(w), parallel_);
+    if (!keep_hidden_) hidden_activations(ffn_.view(), input(w), hidden(w), {}, parallel_);
     return hidden(w);
   }
 
@@ -265,7 +266,8 @@ class LayerFit {
     const std::int64_t H = ffn_.hidden, D = ffn_.d_model;
     moments_.sum.assign(static_cast<std::size_t>(H), 0.0);
     moments_.square = moments_.sum;
-    moments_.down = down_norms(ffn_.view());
+    const std::vector<float> norms = down_norms(ffn_.view());
+    moments_.down.assign(norms.begin(), norms.end());
     std::int64_t column_tokens = 0;
     for (const Baseline& b : baselines_)
       if (b.spec.score == BaselineScore::kTopRate)

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "capture.h"
+#include "cleave/calibrate.h"
 #include "cleave/convert.h"
 #include "cleave/factorize.h"
 #include "cleave/model.h"
@@ -107,23 +108,13 @@ struct SplitSource {
       }
   }
 
-  /// hidden [T, H] = act(gate x) .* (up x), with their biases.
+  /// hidden [T, H] of inputs x [T, D], in blocks, so that the gate's values need little room.
   void hidden_values(MatrixView<const float> x, MatrixView<float> hidden,
                      const ParallelFor& parallel) const {
-    const FfnView view = ffn.view();
-    Buffer gate(kRowBlock * ffn.hidden);
     for (std::int64_t first = 0; first < x.rows; first += kRowBlock) {
       const std::int64_t T = std::min(kRowBlock, x.rows - first);
-      const auto rows = x.slice_rows(first, T);
-      const auto out = hidden.slice_rows(first, T);
-      linear(rows, view.up, view.up_bias, out, parallel);
-      const MatrixView<float> gated(gate.data(), T, ffn.hidden);
-      if (!view.gate.empty()) linear(rows, view.gate, view.gate_bias, gated, parallel);
-      parallel(T, 8, [&](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t t = begin; t < end; ++t)
-          isa_kernels().activate(ffn.activation, view.gate.empty() ? nullptr : gated.row(t),
-                                 out.row(t), out.row(t), ffn.hidden);
-      });
+      hidden_activations(ffn.view(), x.slice_rows(first, T), hidden.slice_rows(first, T), {},
+                         parallel);
     }
   }
 };

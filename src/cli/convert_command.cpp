@@ -188,7 +188,7 @@ void run_convert(ConvertOptions options, const CLI::App& command) {
   check_combination(options, command);
   const bool budget = options.active_share > 0.0;
   if (command.count("--calibration-tokens") == 0)
-    options.calibration_tokens = budget ? 65536 : 16384;
+    options.calibration_tokens = budget ? 32768 : 16384;
   if (command.count("--context") == 0) options.context = budget ? 1024 : 512;
   const WriteSpec write{.dtype = parse_dtype(options.dtype), .overwrite = options.overwrite};
   check_output(options.out, options.overwrite);
@@ -289,7 +289,7 @@ void add_convert_command(CLI::App& app) {
                       "--active-share; without: random routers, to be trained");
   command
       ->add_option("--calibration-tokens", options->calibration_tokens,
-                   "Use at most N tokens of it; 0: all. Default 16384, with --active-share 65536")
+                   "Use at most N tokens of it; 0: all. Default 16384, with --active-share 32768")
       ->check(CLI::NonNegativeNumber);
   command
       ->add_option("--context", options->context,
