@@ -49,6 +49,10 @@ case "$case" in
     [ "$case" = shared ] || gate=hard
     "$split" "$demo" "$work/converted" shared 64 7 3 "$gate"
     check "$work/converted" --expect GraniteMoeSharedForCausalLM --text "$demo/sample.txt" ;;
+  budget)  # shared slice and fine experts, written by the converter itself
+    "$cleave" convert "$demo" "$work/converted" --active-share 0.5 --calibration "$demo/sample.txt" \
+      --calibration-tokens 8192 --context 256
+    check "$work/converted" --expect GraniteMoeSharedForCausalLM --text "$demo/sample.txt" ;;
   pruned)
     "$split" "$demo" "$work/pruned" pruned 200
     check "$work/pruned" --expect LlamaForCausalLM --text "$demo/sample.txt" ;;
@@ -71,6 +75,11 @@ case "$case" in
     rm -rf "$work/converted" ;;
   smollm2_shared)
     "$split" "$smollm2" "$work/converted" shared 256 10 8 softmax
+    check "$work/converted" --expect GraniteMoeSharedForCausalLM
+    rm -rf "$work/converted" ;;
+  smollm2_budget)
+    "$cleave" convert "$smollm2" "$work/converted" --active-share 0.5 \
+      --calibration "$root/models/jargon.train.txt" --calibration-tokens 4096
     check "$work/converted" --expect GraniteMoeSharedForCausalLM
     rm -rf "$work/converted" ;;
   smollm2_perplexity)

@@ -1,0 +1,50 @@
+#!/bin/sh
+# budget_test.sh CLEAVE MODEL WORK_DIR: `cleave convert --active-share`, and `cleave report` on what it wrote, on the
+# bundled model.
+cleave=$1 source=$2 work=$3
+rm -rf "$work" && mkdir -p "$work" && cd "$work" || exit 2
+status=0
+fail() { echo "FAILED: $*"; status=1; }
+expect() { # expect CODE COMMAND...: stdout to out.txt, stderr to err.txt
+  code=$1
+  shift
+  "$@" >out.txt 2>err.txt
+  actual=$?
+  [ $actual -eq "$code" ] || fail "expected code $code, got $actual: $* ($(head -1 err.txt))"
+}
+says() { grep -q -- "$2" "$1" || fail "$1 does not say '$2': $(head -5 "$1")"; }
+text="$source/sample.txt"
+convert="$cleave convert $source out --overwrite --calibration $text --calibration-tokens 1024 --context 256"
+
+expect 0 $convert --active-share 0.5
+says out.txt '24 experts of 16 neurons, 8 active per token, 128 neurons always on'
+says err.txt 'note: the calibration text has 1024 tokens'
+says out/config.json 'GraniteMoeSharedForCausalLM'
+expect 0 $cleave report out "$source" --text "$text" --calibration "$text" --calibration-tokens 1024 \
+  --limit-tokens 512 --context 256 --baselines quick --out report --quiet
+for file in report.json report.md report.html; do [ -s report/$file ] || fail "no report/$file"; done
+says report/report.md 'FLAP'
+expect 0 $cleave run out --prompt Once --max-tokens 4
+
+expect 0 $convert --active-share 0.5 --shared 16 --quiet
+says out/config.json 'LlamaForCausalLM'
+expect 0 $convert --active-share 0.5 --shared 0 --quiet --refit off --router ridge
+says out/config.json 'MixtralForCausalLM'
+expect 0 $convert --active-share 0.25 --experts 16 --quiet --json
+says out.txt '"shared_width": 64'
+
+expect 2 $convert --active-share 0.01
+says err.txt 'less than one expert'
+expect 2 $convert --active-share 0.5 --experts 7
+says err.txt 'nearest divisors'
+expect 2 $convert --active-share 0.5 --shared 17
+says err.txt 'give 16 or fewer'
+expect 2 $convert --active-share 0.5 --active 4
+says err.txt 'exclude each other'
+expect 2 $convert --refit on
+says err.txt 'give --active-share'
+expect 2 $cleave convert "$source" out --overwrite --active-share 0.5
+says err.txt 'needs a text'
+expect 2 $convert --active-share 0.5 --calibration "$text" --calibration-tokens 300
+says err.txt 'fewer than one window'
+exit $status
