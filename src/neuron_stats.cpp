@@ -37,7 +37,8 @@ void check_finite_rows(const char* function, const char* name, std::int64_t laye
   }
 }
 
-void check_weights(const char* function, std::span<const float> weights, std::int64_t tokens) {
+void check_token_weights(const char* function, std::span<const float> weights,
+                         std::int64_t tokens) {
   if (!weights.empty() && static_cast<std::int64_t>(weights.size()) != tokens)
     fail_argument("NeuronStats::{}: {} weights for {} tokens; expected one each, or none", function,
                   weights.size(), tokens);
@@ -183,7 +184,7 @@ void NeuronStats::observe(std::int64_t l, MatrixView<const float> hidden,
         "NeuronStats::observe: layer {}: hidden is [{}, {}], input [{}, {}]; expected [T, {}] and "
         "[T, {}]",
         l, hidden.rows, hidden.cols, input.rows, input.cols, spec.hidden, spec.d_model);
-  check_weights("observe", weights, hidden.rows);
+  check_token_weights("observe", weights, hidden.rows);
   check_finite_rows("observe", "hidden", l, hidden, layer.seen);
   check_finite_rows("observe", "input", l, input, layer.seen);
   impl_->allocate(layer);
@@ -210,7 +211,7 @@ void NeuronStats::observe_gate(std::int64_t l, MatrixView<const float> gate,
   if (gate.cols != impl_->spec.hidden)
     fail_argument("NeuronStats::observe_gate: layer {}: gate is [{}, {}]; expected [T, {}]", l,
                   gate.rows, gate.cols, impl_->spec.hidden);
-  check_weights("observe_gate", weights, gate.rows);
+  check_token_weights("observe_gate", weights, gate.rows);
   check_finite_rows("observe_gate", "gate", l, gate, 0);
   std::vector<double> sum(static_cast<std::size_t>(gate.cols));
   double total = 0.0;

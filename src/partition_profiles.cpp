@@ -6,6 +6,7 @@
 #include "cleave/partition.h"
 #include "exact_kmeans.h"
 #include "fail.h"
+#include "graph_clusters.h"
 #include "partition_routed.h"
 
 namespace cleave {
@@ -36,6 +37,23 @@ std::vector<float> profiles_of(const NeuronSample& sample, const RoutedNeurons& 
         "calibration text, or check that the layer runs",
         routed.count(), T);
   return rows;
+}
+
+/// Rows . rows^T: with equal sizes, k-means on the rows is to raise the sum of these products
+/// within the clusters.
+std::vector<float> products_of(MatrixView<const float> rows, const ParallelFor& parallel) {
+  std::vector<float> products(static_cast<std::size_t>(rows.rows * rows.rows));
+  linear(rows, rows, {}, {products.data(), rows.rows, rows.rows}, parallel);
+  return products;
+}
+
+/// k-means, then what single assignments and swaps can still gain: in small clusters a row is a
+/// large part of its own centroid, which holds it where it is.
+std::vector<std::int32_t> cluster_rows(MatrixView<const float> rows, std::int32_t clusters,
+                                       std::int32_t iterations, std::uint64_t seed,
+                                       const ParallelFor& parallel) {
+  auto start = exact_balanced_kmeans(rows, {clusters, iterations, seed}, parallel).cluster_of_row;
+  return improve_clusters(products_of(rows, parallel), clusters, std::move(start), iterations);
 }
 
 struct GateSummary {
@@ -88,10 +106,8 @@ NeuronPartition partition_profiles(const NeuronSample& sample, const RoutedSpec&
   const RoutedNeurons routed(sample.hidden.cols, spec);
   check_sample("partition_profiles", sample);
   const std::vector<float> rows = profiles_of(sample, routed);
-  return routed.partition(exact_balanced_kmeans({rows.data(), routed.count(), sample.hidden.rows},
-                                                {spec.num_experts, spec.iterations, spec.seed},
-                                                parallel)
-                              .cluster_of_row);
+  return routed.partition(cluster_rows({rows.data(), routed.count(), sample.hidden.rows},
+                                       spec.num_experts, spec.iterations, spec.seed, parallel));
 }
 
 ExpertWeaverPartition partition_expert_weaver(MatrixView<const float> gate_means,

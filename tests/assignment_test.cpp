@@ -132,7 +132,7 @@ TEST(Assignment, EqualRowsAndClosedColumns) {
   EXPECT_TRUE(assign_balanced({p.benefit.data(), 0, 4}, p.capacity).empty());
 }
 
-std::string message_of(const Problem& p) {
+std::string refusal_of(const Problem& p) {
   try {
     assign_balanced(p.view(), p.capacity);
   } catch (const InvalidArgument& error) {
@@ -144,14 +144,14 @@ std::string message_of(const Problem& p) {
 TEST(Assignment, RefusesBadInput) {
   Problem p = random_problem(6, 2, 1, false);
   p.capacity = {3, 2};
-  EXPECT_NE(message_of(p).find("5 places for 6 rows"), std::string::npos);
+  EXPECT_NE(refusal_of(p).find("5 places for 6 rows"), std::string::npos);
   p.capacity = {7, -1};
-  EXPECT_NE(message_of(p).find("column 1"), std::string::npos);
+  EXPECT_NE(refusal_of(p).find("column 1"), std::string::npos);
   p.capacity = {6};
-  EXPECT_NE(message_of(p).find("1 capacities"), std::string::npos);
+  EXPECT_NE(refusal_of(p).find("1 capacities"), std::string::npos);
   p.capacity = {3, 3};
   p.benefit[2 * 2 + 1] = std::numeric_limits<float>::quiet_NaN();
-  EXPECT_NE(message_of(p).find("row 2 in column 1"), std::string::npos);
+  EXPECT_NE(refusal_of(p).find("row 2 in column 1"), std::string::npos);
 }
 
 double seconds_of(const Problem& p) {

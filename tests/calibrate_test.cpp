@@ -20,13 +20,14 @@ namespace {
 using testing::random_ffn;
 using testing::random_values;
 
-constexpr std::int64_t kH = 150, kD = 9, kTop = 4;  // more than two panels of a SymmetricSum
+constexpr std::int64_t kStatsHidden = 150, kStatsWidth = 9,
+                       kStatsTop = 4;  // more than two panels of a SymmetricSum
 
 NeuronStatsSpec full_spec() {
   return {.num_layers = 3,
-          .hidden = kH,
-          .d_model = kD,
-          .top = kTop,
+          .hidden = kStatsHidden,
+          .d_model = kStatsWidth,
+          .top = kStatsTop,
           .input_moment = true,
           .gram = true,
           .coactivation = true};
@@ -35,18 +36,21 @@ NeuronStatsSpec full_spec() {
 struct Tokens {
   std::int64_t count = 0;
   std::vector<float> hidden, input, weights;
-  MatrixView<const float> h() const { return {hidden.data(), count, kH}; }
-  MatrixView<const float> x() const { return {input.data(), count, kD}; }
+  MatrixView<const float> h() const { return {hidden.data(), count, kStatsHidden}; }
+  MatrixView<const float> x() const { return {input.data(), count, kStatsWidth}; }
   Tokens part(std::int64_t begin, std::int64_t end) const {
     return {end - begin,
-            {hidden.begin() + begin * kH, hidden.begin() + end * kH},
-            {input.begin() + begin * kD, input.begin() + end * kD},
+            {hidden.begin() + begin * kStatsHidden, hidden.begin() + end * kStatsHidden},
+            {input.begin() + begin * kStatsWidth, input.begin() + end * kStatsWidth},
             {weights.begin() + begin, weights.begin() + end}};
   }
 };
 
 Tokens random_tokens(std::int64_t count, std::uint64_t seed) {
-  Tokens tokens{count, random_values(count * kH, seed), random_values(count * kD, seed + 1), {}};
+  Tokens tokens{count,
+                random_values(count * kStatsHidden, seed),
+                random_values(count * kStatsWidth, seed + 1),
+                {}};
   for (std::int64_t t = 0; t < count; ++t)
     tokens.weights.push_back(t % 5 == 0 ? 0.0f : static_cast<float>(1 + t % 3));
   return tokens;
@@ -69,11 +73,11 @@ double weighted_mean(const Tokens& tokens, const Value& value) {
 
 bool among_top(const Tokens& tokens, std::int64_t t, std::int64_t j) {
   int larger = 0;
-  for (std::int64_t i = 0; i < kH; ++i) {
+  for (std::int64_t i = 0; i < kStatsHidden; ++i) {
     const float a = std::abs(tokens.h()(t, i)), b = std::abs(tokens.h()(t, j));
     larger += a > b || (a == b && i < j);
   }
-  return larger < kTop;
+  return larger < kStatsTop;
 }
 
 TEST(NeuronStats, EqualsItsDefinition) {
@@ -85,10 +89,10 @@ TEST(NeuronStats, EqualsItsDefinition) {
   const auto mean = stats.mean(1), square = stats.square(1), variance = stats.variance(1);
   const auto rate = stats.rate(1), gram = stats.gram(1), together = stats.coactivation(1);
   const auto moment = stats.input_moment(1);
-  const std::vector<float> norm(kH, 2.0f);
+  const std::vector<float> norm(kStatsHidden, 2.0f);
   const auto energy = stats.energy(1, norm);
   const auto h = tokens.h();
-  for (std::int64_t j = 0; j < kH; j += 7) {
+  for (std::int64_t j = 0; j < kStatsHidden; j += 7) {
     const double m = weighted_mean(tokens, [&](auto t) { return h(t, j); });
     const double s = weighted_mean(tokens, [&](auto t) { return h(t, j) * double{h(t, j)}; });
     EXPECT_NEAR(mean[j], m, 1e-6);
@@ -97,20 +101,20 @@ TEST(NeuronStats, EqualsItsDefinition) {
     EXPECT_NEAR(energy[j], 4.0 * s, 1e-5);
     EXPECT_NEAR(rate[j], weighted_mean(tokens, [&](auto t) { return among_top(tokens, t, j); }),
                 1e-6);
-    EXPECT_NEAR(together[j * kH + j], rate[j], 1e-6);
-    for (std::int64_t i = 0; i < kH; i += 11) {
-      EXPECT_NEAR(gram[j * kH + i],
+    EXPECT_NEAR(together[j * kStatsHidden + j], rate[j], 1e-6);
+    for (std::int64_t i = 0; i < kStatsHidden; i += 11) {
+      EXPECT_NEAR(gram[j * kStatsHidden + i],
                   weighted_mean(tokens, [&](auto t) { return h(t, j) * double{h(t, i)}; }), 1e-5);
       EXPECT_NEAR(
-          together[j * kH + i],
+          together[j * kStatsHidden + i],
           weighted_mean(tokens,
                         [&](auto t) { return among_top(tokens, t, j) && among_top(tokens, t, i); }),
           1e-6);
     }
   }
-  for (std::int64_t a = 0; a < kD; ++a)
-    for (std::int64_t b = 0; b < kD; ++b)
-      EXPECT_NEAR(moment[a * kD + b],
+  for (std::int64_t a = 0; a < kStatsWidth; ++a)
+    for (std::int64_t b = 0; b < kStatsWidth; ++b)
+      EXPECT_NEAR(moment[a * kStatsWidth + b],
                   weighted_mean(
                       tokens, [&](auto t) { return tokens.x()(t, a) * double{tokens.x()(t, b)}; }),
                   1e-5);
@@ -123,13 +127,13 @@ TEST(NeuronStats, ThreadsAndMergingChangeNothing) {
   ThreadPool pool(3);
   observe(first, tokens.part(0, 120), pool.parallel_for());
   observe(second, tokens.part(120, 300), pool.parallel_for());
-  const auto gate = random_values(4 * kH, 8);
-  second.observe_gate(1, {gate.data(), 4, kH});
-  second.observe_gate(2, {gate.data(), 4, kH});
+  const auto gate = random_values(4 * kStatsHidden, 8);
+  second.observe_gate(1, {gate.data(), 4, kStatsHidden});
+  second.observe_gate(2, {gate.data(), 4, kStatsHidden});
   first.merge(second);
   EXPECT_EQ(first.num_tokens(1), whole.num_tokens(1));
   EXPECT_EQ(first.total_weight(1), whole.total_weight(1));
-  EXPECT_EQ(first.gate_means(1).size(), static_cast<std::size_t>(kH));
+  EXPECT_EQ(first.gate_means(1).size(), static_cast<std::size_t>(kStatsHidden));
   EXPECT_EQ(first.gate_means(2), second.gate_means(2));
   EXPECT_EQ(first.rate(1), whole.rate(1));
   EXPECT_EQ(first.coactivation(1), whole.coactivation(1));
@@ -168,8 +172,8 @@ TEST(NeuronStats, WriteThenReadIsTheSame) {
   const auto path = test_file("stats.safetensors");
   NeuronStats stats(full_spec());
   observe(stats, random_tokens(90, 12));
-  const auto gate = random_values(4 * kH, 8);
-  stats.observe_gate(1, {gate.data(), 4, kH});
+  const auto gate = random_values(4 * kStatsHidden, 8);
+  stats.observe_gate(1, {gate.data(), 4, kStatsHidden});
   stats.save(path);
   NeuronStats back = NeuronStats::load(path);
   EXPECT_EQ(back.num_tokens(1), stats.num_tokens(1));
@@ -178,7 +182,7 @@ TEST(NeuronStats, WriteThenReadIsTheSame) {
   EXPECT_EQ(back.square(1), stats.square(1));
   EXPECT_EQ(back.rate(1), stats.rate(1));
   EXPECT_EQ(back.gate_means(1), stats.gate_means(1));
-  EXPECT_EQ(back.spec().top, kTop);
+  EXPECT_EQ(back.spec().top, kStatsTop);
   const auto a = back.gram(1), b = stats.gram(1);
   for (std::size_t i = 0; i < a.size(); ++i) ASSERT_NEAR(a[i], b[i], 1e-6 * std::abs(b[i]) + 1e-12);
   back.merge(stats);  // what was read can be added to
@@ -192,7 +196,7 @@ TEST(NeuronStats, WriteThenReadIsTheSame) {
 }
 
 template <typename Call>
-std::string message_of(const Call& call) {
+std::string stats_message(const Call& call) {
   try {
     call();
   } catch (const InvalidArgument& error) {
@@ -207,13 +211,13 @@ TEST(NeuronStats, NamesTheLayerAndTokenOfABadValue) {
   for (const float bad :
        {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
     Tokens tokens = random_tokens(10, 2);
-    tokens.hidden[3 * kH + 5] = bad;
-    const std::string message = message_of([&] { observe(stats, tokens); });
+    tokens.hidden[3 * kStatsHidden + 5] = bad;
+    const std::string message = stats_message([&] { observe(stats, tokens); });
     EXPECT_NE(message.find("layer 1: hidden of token 13"), std::string::npos) << message;
     EXPECT_NE(message.find("column 5"), std::string::npos) << message;
     tokens = random_tokens(10, 2);
-    tokens.input[9 * kD] = bad;
-    EXPECT_NE(message_of([&] { observe(stats, tokens); }).find("input of token 19"),
+    tokens.input[9 * kStatsWidth] = bad;
+    EXPECT_NE(stats_message([&] { observe(stats, tokens); }).find("input of token 19"),
               std::string::npos);
   }
   EXPECT_EQ(stats.num_tokens(1), 8);

@@ -14,6 +14,7 @@
 #include "cleave/factorize.h"
 #include "cleave/partition.h"
 #include "exact_kmeans.h"
+#include "graph_clusters.h"
 #include "support/random.h"
 #include "support/random_ffn.h"
 
@@ -129,6 +130,45 @@ TEST(ExactKMeans, NoRoundIsWorseThanTheOneBefore) {
   EXPECT_EQ(
       exact_balanced_kmeans({rows.data(), 240, 12}, {.clusters = 20, .seed = 1}, {}).cluster_of_row,
       result.cluster_of_row);
+}
+
+/// Sum of |row - mean of its cluster|^2.
+double spread_of(const std::vector<float>& rows, std::int64_t dims,
+                 const std::vector<std::int32_t>& cluster_of) {
+  std::map<std::int32_t, std::vector<double>> sum;
+  std::map<std::int32_t, double> size;
+  double spread = 0.0;
+  for (std::size_t i = 0; i < cluster_of.size(); ++i) {
+    auto& to = sum[cluster_of[i]];
+    to.resize(static_cast<std::size_t>(dims));
+    for (std::int64_t d = 0; d < dims; ++d) {
+      const double value = rows[i * dims + d];
+      to[d] += value;
+      spread += value * value;
+    }
+    size[cluster_of[i]] += 1.0;
+  }
+  for (const auto& [cluster, total] : sum)
+    for (const double value : total) spread -= value * value / size[cluster];
+  return spread;
+}
+
+TEST(ImproveClusters, LowersTheSpreadUntilNoSwapDoes) {
+  const std::int64_t n = 48, dims = 7;
+  const auto rows = random_values(n * dims, 31);
+  std::vector<float> products(n * n);
+  const MatrixView<const float> view(rows.data(), n, dims);
+  linear(view, view, {}, {products.data(), n, n}, {});
+  const auto start = exact_balanced_kmeans(view, {.clusters = 12, .seed = 2}, {}).cluster_of_row;
+  const auto end = improve_clusters(products, 12, start, 100);
+  EXPECT_LT(spread_of(rows, dims, end), spread_of(rows, dims, start));
+  for (std::size_t i = 0; i < end.size(); ++i)
+    for (std::size_t j = i + 1; j < end.size(); ++j) {
+      auto swapped = end;
+      std::swap(swapped[i], swapped[j]);
+      EXPECT_GE(spread_of(rows, dims, swapped), spread_of(rows, dims, end) - 1e-3);
+    }
+  EXPECT_EQ(improve_clusters(products, 12, end, 5), end);
 }
 
 TEST(PartitionProfiles, FindsNeuronsThatFireTogether) {

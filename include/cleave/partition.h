@@ -88,9 +88,10 @@ struct NeuronSample {
 
 /// Balanced k-means (Euclidean) on activation profiles: the row of neuron j is |h_tj| * |d_j| over
 /// the tokens t of the sample. Neurons that add much to the output for the same tokens come
-/// together. Each round assigns exactly: no other assignment to these centroids is better.
-/// Memory: T * H floats. @throws InvalidArgument  as routed_width(); a sample that is empty, NaN or
-/// infinite (names token and neuron), or in which no routed neuron does anything
+/// together. Each round assigns exactly; where that stops, swaps of two neurons go on until none
+/// gains. Memory: H * (T + H) floats.
+/// @throws InvalidArgument  as routed_width(); a sample that is empty, NaN or infinite (names token
+///                          and neuron), or in which no routed neuron does anything
 NeuronPartition partition_profiles(const NeuronSample& sample, const RoutedSpec& spec,
                                    const ParallelFor& parallel = {});
 

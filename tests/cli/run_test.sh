@@ -62,6 +62,21 @@ expect 0 $eval --router-threshold 1 --json
 says out.txt '"active_experts": 1.0'
 expect 2 $eval --router-threshold 1.5
 
+calibrate="$cleave calibrate model stats.safetensors --text model/sample.txt --calibration-tokens 2048 --context 256"
+expect 0 $calibrate --gram --quiet --json
+says out.txt '"tokens": 2040'
+[ -s stats.safetensors ] || fail "calibrate wrote nothing"
+expect 2 $calibrate
+says err.txt 'use --overwrite'
+expect 0 $calibrate --overwrite --layers 0 --quiet
+says out.txt '1 of [0-9]* layers'
+expect 2 $calibrate --overwrite --text-weights 1 2
+expect 2 $calibrate --overwrite --layers 99
+says err.txt 'layer 99'
+expect 2 $cleave calibrate moe other.safetensors --text model/sample.txt --context 256
+says err.txt 'mixture of experts'
+[ -e other.safetensors ] && fail "a failed calibration left a file"
+
 # Interrupted in the middle: what is there stays, the summary comes, the code is that of Ctrl-C.
 $cleave run model --prompt Once --max-tokens 20000 --ignore-eos >out.txt 2>err.txt &
 pid=$!
