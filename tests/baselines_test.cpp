@@ -40,13 +40,13 @@ class Baselines : public ::testing::Test {
     return Model::load(Checkpoint::open(dir_.path() / "dense"), {.threads = 2});
   }
 
-  /// h [T, H] of a layer for all tokens but each window's first, by plain loops.
+  /// h [T, H] of a layer for all tokens, by plain loops.
   std::vector<std::vector<double>> activations(Model& model, std::int64_t layer) const {
     const DenseFfn ffn = model.dense_ffn(layer);
     std::vector<std::vector<double>> all;
     ForwardHooks hooks;
     hooks.ffn_input = [&](std::int64_t l, MatrixView<const float> x) {
-      for (std::int64_t t = 1; l == layer && t < x.rows; ++t) {
+      for (std::int64_t t = 0; l == layer && t < x.rows; ++t) {
         std::vector<double> h(kHidden);
         for (std::int64_t j = 0; j < kHidden; ++j) {
           double gate = 0.0, up = 0.0;
