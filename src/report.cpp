@@ -137,8 +137,8 @@ std::string report_json(const ConversionReport& report) {
       {"tool_version", report.tool_version},
       {"convention",
        "disjoint windows, no BOS, every token but a window's first is predicted; KL(dense || row) "
-       "in nats; rho: share of the FFN's neurons that runs per token; statistics of the baselines "
-       "from the dense model's stream without the first token of a window"},
+       "in nats; rho: share of the FFN's neurons that runs per token; baselines are fitted on the "
+       "dense model's stream"},
       {"rho", report.rho},
       {"seed", report.seed},
       {"calibration", {{"text", report.calibration}, {"tokens", report.calibration_tokens}}},

@@ -40,13 +40,13 @@ class Baselines : public ::testing::Test {
     return Model::load(Checkpoint::open(dir_.path() / "dense"), {.threads = 2});
   }
 
-  /// h [T, H] of a layer for all tokens but each window's first, by plain loops.
+  /// h [T, H] of a layer for all tokens, by plain loops.
   std::vector<std::vector<double>> activations(Model& model, std::int64_t layer) const {
     const DenseFfn ffn = model.dense_ffn(layer);
     std::vector<std::vector<double>> all;
     ForwardHooks hooks;
     hooks.ffn_input = [&](std::int64_t l, MatrixView<const float> x) {
-      for (std::int64_t t = 1; l == layer && t < x.rows; ++t) {
+      for (std::int64_t t = 0; l == layer && t < x.rows; ++t) {
         std::vector<double> h(kHidden);
         for (std::int64_t j = 0; j < kHidden; ++j) {
           double gate = 0.0, up = 0.0;
@@ -67,7 +67,7 @@ class Baselines : public ::testing::Test {
   TokenWindows text_;
 };
 
-double largest_difference(const std::vector<float>& a, const std::vector<float>& b) {
+double largest_gap(const std::vector<float>& a, const std::vector<float>& b) {
   EXPECT_EQ(a.size(), b.size());
   double largest = 0.0;
   for (std::size_t i = 0; i < std::min(a.size(), b.size()); ++i)
@@ -87,7 +87,7 @@ TEST_F(Baselines, WithEverythingOnTheyAreTheDenseModel) {
     SCOPED_TRACE(baseline.spec.method);
     EXPECT_EQ(baseline.spec.rho, 1.0);
     const HiddenStates states = baseline_states(model, baseline, text_);
-    EXPECT_LT(largest_difference(states.values, expected.values), kRounding);
+    EXPECT_LT(largest_gap(states.values, expected.values), kRounding);
     const EvalResult result = evaluate(
         model, text_, {.reference = &model, .reference_states = &expected, .states = &states});
     EXPECT_LT(result.kl, 1e-9);
@@ -119,7 +119,7 @@ TEST_F(Baselines, ARoutedRowIsTheConvertedModel) {
       layer.scale = scale_up ? 8.0f / 3.0f : 1.0f;
       converted.set_moe(l, layer);
     }
-    EXPECT_LT(largest_difference(states.values, hidden_states(converted, text_).values), kRounding);
+    EXPECT_LT(largest_gap(states.values, hidden_states(converted, text_).values), kRounding);
     EXPECT_NE(baseline.layers[0].expert_of_neuron, baseline.layers[1].expert_of_neuron);
   }
 }

@@ -36,7 +36,7 @@ QualityRow quality(const char* method, double kl, bool deployable, bool routed, 
 }
 
 /// Two texts; pruning has KL `pruning` on the second.
-ConversionReport example(double pruning) {
+ConversionReport example_report(double pruning) {
   ConversionReport report;
   report.model = "moe <1> & co";
   report.dense = "dense";
@@ -69,7 +69,7 @@ ConversionReport example(double pruning) {
 std::string first_line(const std::string& text) { return text.substr(0, text.find('\n')); }
 
 TEST(Report, SaysFirstWhetherStaticPruningWins) {
-  const ConversionReport good = example(0.9), bad = example(0.4);
+  const ConversionReport good = example_report(0.9), bad = example_report(0.4);
   EXPECT_EQ(verdict(good),
             "This conversion beats static pruning on every text: at 50 % of the FFN its KL is "
             "0.500 against 1.100 of FLAP-style pruning on wiki; 0.500 against 0.900 of FLAP-style "
@@ -87,7 +87,7 @@ TEST(Report, SaysFirstWhetherStaticPruningWins) {
 }
 
 TEST(Report, AnOracleOrALargerBudgetIsNoPruningThatWins) {
-  ConversionReport report = example(0.9);
+  ConversionReport report = example_report(0.9);
   for (TextReport& text : report.texts) {
     QualityRow larger = quality("static mask of three quarters", 0.2, true, false);
     larger.rho = 0.75;
@@ -101,7 +101,7 @@ TEST(Report, AnOracleOrALargerBudgetIsNoPruningThatWins) {
 }
 
 TEST(Report, WithoutBaselinesItClaimsNothing) {
-  ConversionReport report = example(0.9);
+  ConversionReport report = example_report(0.9);
   for (TextReport& text : report.texts) text.rows.resize(2);
   EXPECT_EQ(verdict(report),
             "KL 0.500 on wiki; 0.500 on stories | more at 50 % of the FFN; no static pruning was "
@@ -109,7 +109,7 @@ TEST(Report, WithoutBaselinesItClaimsNothing) {
 }
 
 TEST(Report, JsonHoldsEverything) {
-  const auto json = nlohmann::json::parse(report_json(example(0.9)));
+  const auto json = nlohmann::json::parse(report_json(example_report(0.9)));
   EXPECT_EQ(json.at("settings").at("k"), 4);
   EXPECT_EQ(json.at("texts").size(), 2u);
   const auto& row = json.at("texts")[1].at("rows")[2];
@@ -119,17 +119,17 @@ TEST(Report, JsonHoldsEverything) {
   EXPECT_EQ(json.at("layers")[1].at("layer"), 2);
   EXPECT_EQ(json.at("layers")[0].at("load").size(), 3u);
   EXPECT_EQ(json.at("timings_s").at("all"), 1.5);
-  ConversionReport report = example(0.9);
+  ConversionReport report = example_report(0.9);
   report.settings = "[1";
   EXPECT_THROW(report_json(report), InvalidArgument);
-  report = example(0.9);
+  report = example_report(0.9);
   report.texts[0].rows[2].kl = std::numeric_limits<double>::quiet_NaN();
   report.model = "broken \xff name";
   EXPECT_TRUE(nlohmann::json::parse(report_json(report)).at("texts")[0]["rows"][2]["kl"].is_null());
 }
 
 TEST(Report, HtmlStandsAlone) {
-  const std::string html = report_html(example(0.4));
+  const std::string html = report_html(example_report(0.4));
   for (const char* outside : {"http", "<script", "<link", "src=", "@import", "url("})
     EXPECT_EQ(html.find(outside), std::string::npos) << outside;
   EXPECT_NE(html.find("prefers-color-scheme"), std::string::npos);
@@ -148,7 +148,7 @@ TEST(Report, HtmlStandsAlone) {
 }
 
 TEST(Report, MarkdownTablesSurviveBars) {
-  const std::string markdown = report_markdown(example(0.9));
+  const std::string markdown = report_markdown(example_report(0.9));
   EXPECT_NE(markdown.find("## stories \\| more"), std::string::npos);
   EXPECT_NE(markdown.find("| **this conversion** | this conversion | 0.5 | 50 % |"),
             std::string::npos);

@@ -99,8 +99,9 @@ using BaselineProgress = std::function<void(const std::string&, std::int64_t, st
 
 /// Fits all baselines of all budgets in one go over the calibration text, layer by layer on the
 /// dense model's stream: one forward pass, the products of the experts' outputs for the routers,
-/// and where a routed row compensates, one more look at h. The first token of each window is left
-/// out of all statistics: it is an attention sink with up to 96 % of a layer's energy.
+/// and where a routed row compensates, one more look at h. Moments and rates are over
+/// all tokens, as their papers take them; routers and the means of what they switch off leave out
+/// the first token of each window, an attention sink with up to 96 % of a layer's energy.
 ///
 /// Holds 2 * tokens * D floats, and tokens * H where that is below half a gigabyte (else h is
 /// computed again). The same input gives the same result for any number of threads up to rounding.
