@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::int64_t kProfileTokens = 2048;  // of the k-means that everything starts from
 constexpr std::int32_t kProfileRounds = 8;
-constexpr std::int64_t kBlockTokens = 512;
+constexpr std::int64_t kCaptureBlock = 512;
 
 /// rows[t] = energies of all neurons for tokens [first, first + rows.rows).
 void neuron_energies(const LayerTokens& tokens, std::int64_t first, MatrixView<float> rows) {
@@ -85,9 +85,9 @@ LinearRouter fit_amplitudes(const LayerTokens& tokens, MatrixView<const float> e
                             double penalty, const ParallelFor& parallel) {
   const std::int64_t E = energy.cols, D = tokens.input.cols;
   RidgeRefit fit(D, E);
-  std::vector<float> target(static_cast<std::size_t>(kBlockTokens * E));
-  for (std::int64_t first = 0; first < energy.rows; first += kBlockTokens) {
-    const std::int64_t T = std::min(kBlockTokens, energy.rows - first);
+  std::vector<float> target(static_cast<std::size_t>(kCaptureBlock * E));
+  for (std::int64_t first = 0; first < energy.rows; first += kCaptureBlock) {
+    const std::int64_t T = std::min(kCaptureBlock, energy.rows - first);
     for (std::int64_t t = 0; t < T; ++t) {
       const float* row = energy.row(first + t);
       float* out = target.data() + t * E;
@@ -112,9 +112,9 @@ void assignment_benefit(const LayerTokens& tokens, const std::vector<std::int32_
                         const ParallelFor& parallel) {
   const std::int64_t H = tokens.hidden.cols, columns = benefit.cols, all = columns - 1;
   std::fill_n(benefit.data, H * columns, 0.0f);
-  Buffer energy(kBlockTokens * H), chosen(kBlockTokens * columns);
-  for (std::int64_t first = 0; first < tokens.hidden.rows; first += kBlockTokens) {
-    const std::int64_t T = std::min(kBlockTokens, tokens.hidden.rows - first);
+  Buffer energy(kCaptureBlock * H), chosen(kCaptureBlock * columns);
+  for (std::int64_t first = 0; first < tokens.hidden.rows; first += kCaptureBlock) {
+    const std::int64_t T = std::min(kCaptureBlock, tokens.hidden.rows - first);
     std::fill_n(chosen.data(), T * columns, 0.0f);
     for (std::int64_t t = 0; t < T; ++t) {
       for (std::int64_t k = 0; k < active; ++k)
@@ -216,10 +216,10 @@ std::vector<std::int32_t> choose_experts(MatrixView<const float> x, const Linear
                                          const ParallelFor& parallel) {
   const std::int64_t E = router.num_experts, K = experts_per_token;
   std::vector<std::int32_t> ids(static_cast<std::size_t>(x.rows * K));
-  Buffer logits(kBlockTokens * E);
-  std::vector<float> weights(static_cast<std::size_t>(kBlockTokens * K));
-  for (std::int64_t first = 0; first < x.rows; first += kBlockTokens) {
-    const std::int64_t T = std::min(kBlockTokens, x.rows - first);
+  Buffer logits(kCaptureBlock * E);
+  std::vector<float> weights(static_cast<std::size_t>(kCaptureBlock * K));
+  for (std::int64_t first = 0; first < x.rows; first += kCaptureBlock) {
+    const std::int64_t T = std::min(kCaptureBlock, x.rows - first);
     linear(x.slice_rows(first, T), router.view(), {}, {logits.data(), T, E}, parallel);
     route({logits.data(), T, E}, K, GateMode::kHard, ids.data() + first * K, weights.data());
   }

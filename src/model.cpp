@@ -334,6 +334,7 @@ MoeLayer Model::moe_layer(std::int64_t layer) const {
   result.experts_per_token = moe->experts_per_token;
   result.gate = moe->gate;
   result.scale = moe->scale;
+  if (moe->shared.num_experts() > 0) result.shared = moe->shared.unpack();
   return result;
 }
 
