@@ -18,11 +18,12 @@ cleave=${CLEAVE:-build/bin/cleave}
 model=${MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 mkdir -p "$out"
 
-# By lines, so that no character is cut. Calibration: the first tokens of the first four fifths.
+# By lines, so that no character is cut. Wikitext: the first two fifths for calibration; of the rest every eighth block
+# of 40 lines, so that few windows see many articles. War and Peace: the last 5 %.
 lines() { wc -l < "$1"; }
 wiki=$texts/wikitext-2.valid.txt peace=$texts/war-and-peace.txt
-head -n $(($(lines "$wiki") * 4 / 5)) "$wiki" > "$out/wikitext.calibration.txt"
-tail -n $(($(lines "$wiki") / 5)) "$wiki" > "$out/wikitext.heldout.txt"
+head -n $(($(lines "$wiki") * 2 / 5)) "$wiki" > "$out/wikitext.calibration.txt"
+tail -n $(($(lines "$wiki") * 3 / 5)) "$wiki" | awk 'int(NR / 40) % 8 == 4' > "$out/wikitext.heldout.txt"
 tail -n $(($(lines "$peace") / 20)) "$peace" > "$out/war-and-peace.heldout.txt"
 cp "$texts/tinystories.heldout.txt" "$out/stories.heldout.txt"
 held_out=("$out"/wikitext.heldout.txt "$out"/stories.heldout.txt "$out"/war-and-peace.heldout.txt)
