@@ -11,6 +11,7 @@
 #include <random>
 
 #include "baseline_ffn.h"
+#include "cleave/calibrate.h"
 #include "cleave/error.h"
 #include "cleave/factorize.h"
 #include "cleave/tokenizer.h"
@@ -127,14 +128,16 @@ TEST_F(Baselines, ARoutedRowIsTheConvertedModel) {
 TEST_F(Baselines, StaticMasksKeepTheNeuronsOfTheirScore) {
   Model model = dense();
   const auto h = activations(model, 1);
-  const std::vector<double> down = down_norms(model.dense_ffn(1).view());
+  const std::vector<float> down = down_norms(model.dense_ffn(1).view());
   const auto n = static_cast<double>(h.size());
   std::vector<double> mean(kHidden), energy(kHidden), variance(kHidden);
   for (std::int64_t j = 0; j < kHidden; ++j) {
     for (const auto& row : h) mean[j] += row[j] / n;
-    for (const auto& row : h) energy[j] += row[j] * row[j] / n * down[j] * down[j];
     for (const auto& row : h)
-      variance[j] += (row[j] - mean[j]) * (row[j] - mean[j]) / n * down[j] * down[j];
+      energy[j] += row[j] * row[j] / n * static_cast<double>(down[j]) * down[j];
+    for (const auto& row : h)
+      variance[j] +=
+          (row[j] - mean[j]) * (row[j] - mean[j]) / n * static_cast<double>(down[j]) * down[j];
   }
   const auto specs = baseline_specs(BaselineSet::kQuick, kHidden, 0.5);
   const auto baselines = prepare_baselines(model, text_, specs);
@@ -170,7 +173,7 @@ TEST_F(Baselines, ARoutedOffNeuronGivesItsMeanWhileOff) {
     if (l != 0) return;
     const auto x = all.slice_rows(1, all.rows - 1);
     std::vector<float> h(x.rows * kHidden);
-    hidden_activations(ffn.view(), x, {h.data(), x.rows, kHidden}, {});
+    hidden_activations(ffn.view(), x, {h.data(), x.rows, kHidden}, {}, {});
     std::vector<std::uint8_t> on(x.rows * spec.num_experts);
     masked.choose(x, {h.data(), x.rows, kHidden}, on.data(), {});
     for (std::int64_t t = 0; t < x.rows; ++t) {
@@ -204,7 +207,7 @@ TEST_F(Baselines, OraclesChooseByTheExpertsOutputs) {
   const auto x_values = testing::random_values(9 * 16, 3, 1.0);
   const MatrixView<const float> x(x_values.data(), 9, 16);
   std::vector<float> h(9 * kHidden);
-  hidden_activations(ffn.view(), x, {h.data(), 9, kHidden}, {});
+  hidden_activations(ffn.view(), x, {h.data(), 9, kHidden}, {}, {});
   for (const BaselineRouter router : {BaselineRouter::kOracleNorm, BaselineRouter::kOracleLabel}) {
     spec.router = router;
     std::vector<std::uint8_t> on(9 * 4);

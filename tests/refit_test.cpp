@@ -13,7 +13,6 @@
 namespace cleave {
 namespace {
 
-using testing::random_values;
 using RefitRows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 /// The same by another road: least squares of the stacked weighted system, by QR in double.
@@ -37,10 +36,10 @@ struct RefitProblem {
       : T(tokens),
         F(features),
         D(outputs),
-        x(random_values(T * F, seed)),
-        y(random_values(T * D, seed + 1)),
-        prior(random_values(F * D, seed + 2)),
-        weight(random_values(T, seed + 3)) {
+        x(testing::random_values(T * F, seed)),
+        y(testing::random_values(T * D, seed + 1)),
+        prior(testing::random_values(F * D, seed + 2)),
+        weight(testing::random_values(T, seed + 3)) {
     for (float& w : weight) w = w * w + 0.1f;
   }
   MatrixView<const float> features() const { return {x.data(), T, F}; }

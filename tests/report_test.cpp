@@ -187,7 +187,7 @@ class ReportOfAModel : public ::testing::Test {
                            .threads = 2};
     WriteSpec write;
     write.overwrite = true;
-    write_conversion(dir_.path() / "moe", source, convert(source, spec, &text_.windows), spec, "{}",
+    write_conversion(dir_.path() / "moe", source, convert(source, spec, &text_.windows), "{}",
                      write);
     return Model::load(Checkpoint::open(dir_.path() / "moe"), {.threads = 2});
   }

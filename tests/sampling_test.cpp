@@ -14,7 +14,7 @@ namespace {
 
 using namespace testing;
 
-std::vector<float> logits_of(const std::vector<double>& probabilities) {
+std::vector<float> as_logits(const std::vector<double>& probabilities) {
   std::vector<float> logits;
   for (const double p : probabilities) logits.push_back(static_cast<float>(std::log(p)));
   return logits;
@@ -34,7 +34,7 @@ TEST(Sampler, FrequenciesFollowTheTemperature) {
     for (const double value : p) sum += expected.emplace_back(std::pow(value, 1.0 / temperature));
     std::vector<int> count(4, 0);
     constexpr int kDraws = 20000;
-    for (int i = 0; i < kDraws; ++i) ++count[sampler(logits_of(p))];
+    for (int i = 0; i < kDraws; ++i) ++count[sampler(as_logits(p))];
     for (int i = 0; i < 4; ++i) {
       const double share = expected[i] / sum;  // five standard deviations of a share
       EXPECT_NEAR(static_cast<double>(count[i]) / kDraws, share,
@@ -45,7 +45,7 @@ TEST(Sampler, FrequenciesFollowTheTemperature) {
 }
 
 TEST(Sampler, TopPKeepsTheSmallestSetThatReachesIt) {
-  const std::vector<float> logits = logits_of({0.1, 0.5, 0.15, 0.25});
+  const std::vector<float> logits = as_logits({0.1, 0.5, 0.15, 0.25});
   const auto drawn = [&](double top_p) {
     Sampler sampler({.temperature = 1.0, .top_p = top_p, .seed = 3});
     std::set<std::int32_t> ids;

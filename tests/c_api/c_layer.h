@@ -49,14 +49,14 @@ struct CLayer {
   explicit CLayer(const CLayerSpec& s) : spec(s) {
     std::mt19937 rng(s.seed);
     rows = s.gated ? 2 * s.I : s.I;
-    w13 = random_values(rng, s.E * rows * s.D);
-    w2 = random_values(rng, s.E * s.D * s.I);
+    w13 = draw_values(rng, s.E * rows * s.D);
+    w2 = draw_values(rng, s.E * s.D * s.I);
     stored_w13 = store(w13);
     stored_w2 = store(w2);
     if (!s.biases) return;
-    w13_bias = random_values(rng, s.E * rows);
-    w2_bias = random_values(rng, s.E * s.D);
-    output_bias = random_values(rng, s.D);
+    w13_bias = draw_values(rng, s.E * rows);
+    w2_bias = draw_values(rng, s.E * s.D);
+    output_bias = draw_values(rng, s.D);
   }
 
   cleave_experts_desc desc() const {

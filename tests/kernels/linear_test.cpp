@@ -24,7 +24,7 @@ TEST(Linear, MatchesReferenceOnRandomShapes) {
     const std::int64_t N = pick(rng, 1, seed % 5 == 0 ? 400 : 70);
     SCOPED_TRACE(fmt::format("seed={} T={} K={} N={}", seed, T, K, N));
     const OwnedMatrix x = random_matrix(rng, T, K), w = random_matrix(rng, N, K);
-    const std::vector<float> bias = random_values(rng, seed % 2 == 0 ? N : 0);
+    const std::vector<float> bias = draw_values(rng, seed % 2 == 0 ? N : 0);
     OwnedMatrix actual = random_matrix(rng, T, N), expected = actual, magnitude = actual;
     const OwnedMatrix before = actual;
     linear_reference(x.view(), w.view(), bias, expected.view(), magnitude.view());
@@ -110,7 +110,7 @@ TEST_P(IsaTest, ActivationsMatchTheirDefinition) {
   std::mt19937 rng(3);
   std::vector<float> gate, up;
   for (float x = -100.0f; x <= 100.0f; x += 0.0625f) gate.push_back(x);
-  up = random_values(rng, static_cast<std::int64_t>(gate.size()));
+  up = draw_values(rng, static_cast<std::int64_t>(gate.size()));
   std::vector<float> h(gate.size()), plain_h(gate.size());
   const auto n = static_cast<std::int64_t>(gate.size());
   for (const Activation a : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
@@ -134,7 +134,7 @@ TEST_P(IsaTest, RowOperationsMatchDoubleArithmetic) {
     std::mt19937 rng(seed);
     const std::int64_t n = pick(rng, 1, 200);
     SCOPED_TRACE(fmt::format("seed={} n={}", seed, n));
-    std::vector<float> row = random_values(rng, n), other = random_values(rng, n), y(n);
+    std::vector<float> row = draw_values(rng, n), other = draw_values(rng, n), y(n);
     for (float& value : row) value *= 20.0f;
     double largest = row[0], sum = 0.0, squares = 0.0;
     for (const float v : row) largest = std::max<double>(largest, v);

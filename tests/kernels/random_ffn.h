@@ -26,7 +26,7 @@ inline std::int64_t pick(std::mt19937& rng, std::int64_t low, std::int64_t high)
   return low + static_cast<std::int64_t>(rng() % static_cast<unsigned>(high - low + 1));
 }
 
-inline std::vector<float> random_values(std::mt19937& rng, std::int64_t n) {
+inline std::vector<float> draw_values(std::mt19937& rng, std::int64_t n) {
   std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
   std::vector<float> values(n);
   for (float& value : values) value = uniform(rng);
@@ -34,7 +34,7 @@ inline std::vector<float> random_values(std::mt19937& rng, std::int64_t n) {
 }
 
 inline OwnedMatrix random_matrix(std::mt19937& rng, std::int64_t rows, std::int64_t cols) {
-  return {rows, cols, random_values(rng, rows * cols)};
+  return {rows, cols, draw_values(rng, rows * cols)};
 }
 
 /// Experts of uneven widths; H >= E rows in all.
@@ -53,11 +53,11 @@ inline ExpertBank random_bank(std::mt19937& rng, std::int64_t D, std::int64_t H,
   std::sort(bank.begin.begin(), bank.begin.end());
   bank.neuron_order.resize(H);
   std::iota(bank.neuron_order.begin(), bank.neuron_order.end(), 0);
-  if (gated) bank.gate = random_values(rng, H * D);
-  bank.up = random_values(rng, H * D);
-  bank.down_t = random_values(rng, H * D);
-  if (biases && gated) bank.gate_bias = random_values(rng, H);
-  if (biases) bank.up_bias = random_values(rng, H);
+  if (gated) bank.gate = draw_values(rng, H * D);
+  bank.up = draw_values(rng, H * D);
+  bank.down_t = draw_values(rng, H * D);
+  if (biases && gated) bank.gate_bias = draw_values(rng, H);
+  if (biases) bank.up_bias = draw_values(rng, H);
   return bank;
 }
 
@@ -103,11 +103,11 @@ inline DenseFfn random_dense(std::mt19937& rng, std::int64_t D, std::int64_t H, 
   ffn.hidden = H;
   ffn.d_model = D;
   ffn.activation = activation;
-  if (gated) ffn.gate = random_values(rng, H * D);
-  ffn.up = random_values(rng, H * D);
-  ffn.down = random_values(rng, H * D);
-  if (biases && gated) ffn.gate_bias = random_values(rng, H);
-  if (biases) ffn.up_bias = random_values(rng, H), ffn.down_bias = random_values(rng, D);
+  if (gated) ffn.gate = draw_values(rng, H * D);
+  ffn.up = draw_values(rng, H * D);
+  ffn.down = draw_values(rng, H * D);
+  if (biases && gated) ffn.gate_bias = draw_values(rng, H);
+  if (biases) ffn.up_bias = draw_values(rng, H), ffn.down_bias = draw_values(rng, D);
   return ffn;
 }
 

@@ -41,9 +41,8 @@ void write_shared(const Checkpoint& source, const char* out, const testing::Hand
     own.seed += static_cast<std::uint64_t>(l);
     conversion.layers.push_back(testing::split_by_hand(model.dense_ffn(l).view(), own));
   }
-  ConvertSpec spec;
-  spec.partition.method = PartitionMethod::kContiguous;
-  write_conversion(out, source, conversion, spec, "{}", {});
+  conversion.partition = partition_method_name(PartitionMethod::kContiguous);
+  write_conversion(out, source, conversion, "{}", {});
 }
 
 void write_pruned(const Checkpoint& source, const char* out, std::int64_t neurons) {
