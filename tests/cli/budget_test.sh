@@ -45,6 +45,7 @@ expect 2 $convert --refit on
 says err.txt 'give --active-share'
 expect 2 $cleave convert "$source" out --overwrite --active-share 0.5
 says err.txt 'needs a text'
-expect 2 $convert --active-share 0.5 --calibration "$text" --calibration-tokens 300
+expect 2 $cleave convert "$source" out --overwrite --active-share 0.5 --calibration "$text" "$text" \
+  --calibration-tokens 300 --context 256
 says err.txt 'fewer than one window'
 exit $status
