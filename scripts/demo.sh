@@ -22,13 +22,14 @@ for argument in "$@"; do
 done
 
 # Both jobs: what is converted, on which text it is tuned, on which text it is judged. The steps were
-# chosen so that the job ends within ten minutes on two cores.
+# chosen so that the job ends within a quarter of an hour on two cores.
 choose_smollm2() {
   name="SmolLM2-135M-Instruct on the Jargon File"
   dense="$cleave_root/models/SmolLM2-135M-Instruct.Q4_1.gguf"
   train_text="$cleave_root/models/jargon.train.txt"
   eval_text="$cleave_root/models/jargon.heldout.txt"
   convert_options=(--calibration-tokens 8192)
+  budget_options=(--calibration-tokens 16384)
   train_options=(--steps 60 --batch 2 --context 256 --lr 5e-4 --held-out-windows 4)
   eval_options=(--context 512 --limit-tokens 4096)
   prompt="A hacker is a person who"
@@ -39,6 +40,7 @@ choose_bundled() {
   train_text="$out/train.txt"
   eval_text="$dense/sample.txt"
   convert_options=()
+  budget_options=(--context 512)
   train_options=(--steps 300 --batch 8 --context 256 --lr 1e-3)
   eval_options=(--context 512 --limit-tokens 32768)
   prompt="Once upon a time there was a brave fox named"
@@ -75,7 +77,10 @@ say "the main job: $name"
 say "converting to 8 experts, 4 of them active, routers fitted on the text"
 "$cleave_binary" convert "$dense" "$out/converted" --experts 8 --active 4 \
   --calibration "$train_text" ${convert_options[@]+"${convert_options[@]}"} --overwrite
-models=(dense converted)
+say "converting to a budget: half of the neurons run, chosen for the best result without training"
+"$cleave_binary" convert "$dense" "$out/budget" --active-share 0.5 --calibration "$train_text" \
+  "${budget_options[@]}" --overwrite
+models=(dense budget converted)
 if [ "${CLEAVE_TRAIN:-ON}" != OFF ]; then
   say "tuning routers and experts"
   "$cleave_binary" train "$out/converted" "$out/tuned" --recipe factorllm --data "$train_text" \
