@@ -249,7 +249,7 @@ class BudgetConversion {
     conversion_.captured_energy.push_back(capture.energy);
     conversion_.oracle_energy.push_back(capture.oracle_energy);
     conversion_.router_recall.push_back(capture.recall);
-    if (dense_) aim_at_dense_stream(target);
+    if (dense_) aim_at_dense_stream(target, source.ffn.down_bias);
 
     Rows rows(source.ffn.view(), capture.partition);
     const MatrixView<float> features(hidden_.data(), T, rows.size(), H);
@@ -331,12 +331,14 @@ class BudgetConversion {
   }
 
   /// target += correction * (dense stream - what the converted one would be without any loss here).
-  void aim_at_dense_stream(MatrixView<float> target) {
-    const auto alpha = static_cast<float>(spec_.correction);
+  void aim_at_dense_stream(MatrixView<float> target, const std::vector<float>& down_bias) {
+    const auto part = static_cast<float>(spec_.correction);
     parallel_(target.rows, 64, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t t = begin; t < end; ++t)
-        for (std::int64_t d = 0; d < target.cols; ++d)
-          target(t, d) += alpha * (dense_->x()(t, d) - (stream_.x()(t, d) + target(t, d)));
+        for (std::int64_t d = 0; d < target.cols; ++d) {
+          const float bias = down_bias.empty() ? 0.0f : down_bias[d];
+          target(t, d) += part * (dense_->x()(t, d) - (stream_.x()(t, d) + target(t, d) + bias));
+        }
     });
   }
 

@@ -89,7 +89,7 @@ struct BudgetSpec {
   RefitSpec refit_spec{};
   /// Which part of what the layers before have lost `down` is asked to give back: 0: `down` aims at
   /// the dense FFN's output; 1: at the dense model's residual stream after the layer.
-  double correction = 0.0;
+  double correction = 0.5;
   /// Weight of a window's first token against any other in all statistics. It is an attention sink.
   double first_token_weight = 1.0;
   std::uint64_t seed = 0;
