@@ -1,8 +1,10 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <chrono>
 #include <cmath>
+#include <numeric>
 
 #include "cli/cli.h"
 
@@ -183,6 +185,39 @@ std::string describe(const ModelConfig& config, const Conversion& conversion) {
                      conversion.router);
 }
 
+double mean_of(const std::vector<double>& values) {
+  return std::accumulate(values.begin(), values.end(), 0.0) /
+         static_cast<double>(std::max<std::size_t>(values.size(), 1));
+}
+
+/// The router's multiply-adds per token over those of the dense FFN.
+double router_share(const ModelCost& dense, const ModelCost& written) {
+  return static_cast<double>(written.router_macs_per_token) /
+         static_cast<double>(dense.ffn_macs_per_token);
+}
+
+/// What the routers of a budget catch and cost: a line, means over layers; empty without a budget.
+std::string routing_text(const Conversion& conversion, double router_share) {
+  if (conversion.captured_energy.empty()) return {};
+  const std::string energy =
+      fmt::format("{:.1f} % of the energy captured", 100.0 * mean_of(conversion.captured_energy));
+  if (conversion.layers.empty()) return energy + "\n";
+  return fmt::format(
+      "{} (oracle {:.1f} %), router recall {:.1f} %; the router costs {:.2f} % of the dense FFN\n",
+      energy, 100.0 * mean_of(conversion.oracle_energy), 100.0 * mean_of(conversion.router_recall),
+      100.0 * router_share);
+}
+
+/// The same by layer.
+void add_routing(const Conversion& conversion, double router_share, Json& json) {
+  if (conversion.captured_energy.empty()) return;
+  json["captured_energy"] = conversion.captured_energy;
+  json["oracle_energy"] = conversion.oracle_energy;
+  if (conversion.layers.empty()) return;
+  json["router_recall"] = conversion.router_recall;
+  json["router_share"] = router_share;
+}
+
 void run_convert(ConvertOptions options, const CLI::App& command) {
   const auto begin = std::chrono::steady_clock::now();
   check_combination(options, command);
@@ -205,26 +240,28 @@ void run_convert(ConvertOptions options, const CLI::App& command) {
   const double elapsed_s =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   const ModelConfig& config = written.config();
-  print_result(options.common,
-               {{"model", options.model},
-                {"out", options.out},
-                {"experts", config.num_experts},
-                {"active", config.experts_per_token},
-                {"expert_width", config.intermediate_size},
-                {"shared_width", config.shared_intermediate_size},
-                {"partition", conversion.partition},
-                {"router", conversion.router},
-                {"scale", scale_policy_name(conversion.scale)},
-                {"calibration_tokens", conversion.calibration_tokens},
-                {"dtype", dtype_name(config.dtype)},
-                {"layer_error", conversion.layer_error},
-                {"macs_per_token_before", before.macs_per_token},
-                {"macs_per_token", after.macs_per_token},
-                {"elapsed_s", elapsed_s}},
-               fmt::format("{}: {}\nmultiply-adds per token {} -> {}; {} in {}\n", options.out,
-                           describe(config, conversion), human_count(before.macs_per_token),
-                           human_count(after.macs_per_token), dtype_name(config.dtype),
-                           human_seconds(elapsed_s)));
+  const double router = router_share(before, after);
+  Json json{{"model", options.model},
+            {"out", options.out},
+            {"experts", config.num_experts},
+            {"active", config.experts_per_token},
+            {"expert_width", config.intermediate_size},
+            {"shared_width", config.shared_intermediate_size},
+            {"partition", conversion.partition},
+            {"router", conversion.router},
+            {"scale", scale_policy_name(conversion.scale)},
+            {"calibration_tokens", conversion.calibration_tokens},
+            {"dtype", dtype_name(config.dtype)},
+            {"layer_error", conversion.layer_error}};
+  add_routing(conversion, router, json);
+  json.update({{"macs_per_token_before", before.macs_per_token},
+               {"macs_per_token", after.macs_per_token},
+               {"elapsed_s", elapsed_s}});
+  print_result(options.common, json,
+               fmt::format("{}: {}\n{}multiply-adds per token {} -> {}; {} in {}\n", options.out,
+                           describe(config, conversion), routing_text(conversion, router),
+                           human_count(before.macs_per_token), human_count(after.macs_per_token),
+                           dtype_name(config.dtype), human_seconds(elapsed_s)));
 }
 
 }  // namespace

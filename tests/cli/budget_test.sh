@@ -18,6 +18,7 @@ convert="$cleave convert $source out --overwrite --calibration $text --calibrati
 
 expect 0 $convert --active-share 0.5
 says out.txt '24 experts of 16 neurons, 8 active per token, 128 neurons always on'
+says out.txt '% of the energy captured (oracle .* %), router recall .* %; the router costs 1.56 % of the dense FFN'
 says err.txt 'note: the calibration text has 1024 tokens'
 says out/config.json 'GraniteMoeSharedForCausalLM'
 expect 0 $cleave report out "$source" --text "$text" --calibration "$text" --calibration-tokens 1024 \
@@ -32,6 +33,10 @@ expect 0 $convert --active-share 0.5 --shared 0 --quiet --refit off --router rid
 says out/config.json 'MixtralForCausalLM'
 expect 0 $convert --active-share 0.25 --experts 16 --quiet --json
 says out.txt '"shared_width": 64'
+says out.txt '"router_share": 0.0'
+for list in captured_energy oracle_energy router_recall; do
+  [ "$(sed -n "/\"$list\"/,/]/p" out.txt | grep -c '^    0\.')" -eq 4 ] || fail "$list does not have a share for each layer"
+done
 
 expect 2 $convert --active-share 0.01
 says err.txt 'less than one expert'
