@@ -1,5 +1,5 @@
 // Softmax by blocks and the search for the largest logit, in GCC's and Clang's vector extensions;
-// see panel_isa.cpp.
+// see wide.h.
 
 #include "kernels/isa/row_isa.h"
 
@@ -37,23 +37,11 @@ CLEAVE_INLINE float largest_of_lanes(const Floats& v) {
   return left > right ? left : right;
 }
 
-/// exp(x) for x <= 0; relative error below 2e-7. Below -87 it is 0, NaN stays NaN. The polynomial
-/// is Cephes'.
+/// exp(x) for x <= 0. Below -87 it is 0, NaN stays NaN.
 CLEAVE_INLINE Floats exp_of_negative(const Floats& in) {
   constexpr float kSmallest = -87.0f;
   const Floats x = select(in < splat(kSmallest), splat(kSmallest), in);
-  const Floats biased = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
-  const Floats n = biased - 12582912.0f;
-  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats p = splat(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const Floats power = as_floats((as_words(biased) + 127u) << 23);
-  return select(in < splat(kSmallest), Floats{}, p * power);
+  return select(in < splat(kSmallest), Floats{}, exp_in_range(x));
 }
 
 float softmax_block(float* scores, std::int64_t n, SoftmaxState* state) {

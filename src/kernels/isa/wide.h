@@ -153,5 +153,21 @@ CLEAVE_INLINE Floats select(const Ints& mask, const Floats& yes, const Floats& n
   return as_floats((as_words(yes) & m) | (as_words(no) & ~m));
 }
 
+/// exp(x) for -87.3 <= x <= 88.3, relative error below 2e-7: x = n ln 2 + r, |r| <= ln 2 / 2, a
+/// polynomial in r (Cephes' coefficients), and n into the exponent. NaN stays NaN.
+CLEAVE_INLINE Floats exp_in_range(const Floats& x) {
+  const Floats biased = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const Floats n = biased - 12582912.0f;
+  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Floats p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * as_floats((as_words(biased) + 127u) << 23);
+}
+
 }  // namespace
 }  // namespace cleave::CLEAVE_ISA
