@@ -50,10 +50,10 @@ void expert_output_norms(const ExpertBank& bank, MatrixView<const float> x, Matr
                          const ParallelFor& parallel);
 
 struct RouterTrainSpec {
-  std::int64_t steps = 200;   ///< of Adam
-  std::int64_t batch = 2048;  ///< tokens a step, drawn with replacement
-  double rate = 3e-3;         ///< falls to 0 linearly; logits have standard deviation 1
-  double temperature = 0.3;   ///< how soft the border between chosen and not is, in logits
+  std::int64_t steps = 300;  ///< of Adam
+  std::int64_t batch = 512;  ///< tokens a step, drawn with replacement
+  double rate = 3e-3;        ///< falls to 0 linearly; logits have standard deviation 1
+  double temperature = 0.3;  ///< how soft the border between chosen and not is, in logits
   std::uint64_t seed = 0;
 };
 
