@@ -5,9 +5,10 @@
 #   bench/quality.sh TEXTS OUT [SEED...]
 #
 # TEXTS holds wikitext-2.valid.txt, tinystories.heldout.txt and war-and-peace.txt. OUT receives the cut texts, the
-# models and a report per budget and seed (baselines with the first seed only; default: seed 0). Environment:
-# CLEAVE (the program, default build/bin/cleave), MODEL, CALIBRATION_TOKENS (32768), EVAL_TOKENS (6144 of each text),
-# RHOS ("0.75 0.5 0.25"), BASELINES (all).
+# models and a report per budget and seed (default: seed 0). Environment:
+# CLEAVE (the program, default build/bin/cleave), MODEL, CALIBRATION (a text; default: two fifths of wikitext),
+# CALIBRATION_TOKENS (32768), CONTEXT (1024), EVAL_TOKENS (6144 of each text), RHOS ("0.75 0.5 0.25"),
+# BASELINES (all; of the first seed), SEED_BASELINES (none; of the other seeds).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 2 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | grep -v '^set' >&2; exit 2; }
@@ -16,6 +17,7 @@ shift 2
 seeds=("${@:-0}")
 cleave=${CLEAVE:-build/bin/cleave}
 model=${MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
+context=${CONTEXT:-1024} calibration_tokens=${CALIBRATION_TOKENS:-32768} eval_tokens=${EVAL_TOKENS:-6144}
 mkdir -p "$out"
 
 # By lines, so that no character is cut. Wikitext: the first two fifths for calibration; of the rest every eighth block
@@ -26,19 +28,20 @@ head -n $(($(lines "$wiki") * 2 / 5)) "$wiki" > "$out/wikitext.calibration.txt"
 tail -n $(($(lines "$wiki") * 3 / 5)) "$wiki" | awk 'int(NR / 40) % 8 == 4' > "$out/wikitext.heldout.txt"
 tail -n $(($(lines "$peace") / 20)) "$peace" > "$out/war-and-peace.heldout.txt"
 cp "$texts/tinystories.heldout.txt" "$out/stories.heldout.txt"
+calibration=${CALIBRATION:-$out/wikitext.calibration.txt}
 held_out=("$out"/wikitext.heldout.txt "$out"/stories.heldout.txt "$out"/war-and-peace.heldout.txt)
 
 convert() { # name, then options
   local name=$1
   shift
-  [ -d "$out/$name" ] || "$cleave" convert "$model" "$out/$name" --calibration "$out/wikitext.calibration.txt" \
-    --calibration-tokens "${CALIBRATION_TOKENS:-32768}" "$@"
+  [ -d "$out/$name" ] || "$cleave" convert "$model" "$out/$name" --calibration "$calibration" \
+    --calibration-tokens "$calibration_tokens" --context "$context" "$@"
 }
 against_dense() { # name: KL on every text
   local text
   for text in "${held_out[@]}"; do
-    "$cleave" eval "$out/$1" --against "$model" --text "$text" --context 1024 --limit-tokens "${EVAL_TOKENS:-6144}" \
-      --weights f32 --json --quiet > "$out/$1.$(basename "$text" .heldout.txt).json"
+    "$cleave" eval "$out/$1" --against "$model" --text "$text" --context "$context" \
+      --limit-tokens "$eval_tokens" --weights f32 --json --quiet > "$out/$1.$(basename "$text" .heldout.txt).json"
   done
 }
 
@@ -47,18 +50,19 @@ for seed in "${seeds[@]}"; do
   for rho in ${RHOS:-0.75 0.5 0.25}; do
     name=moe-$rho-seed$seed
     convert "$name" --active-share "$rho" --seed "$seed"
-    "$cleave" report "$out/$name" "$model" --text "${held_out[@]}" --context 1024 \
-      --limit-tokens "${EVAL_TOKENS:-6144}" --calibration "$out/wikitext.calibration.txt" \
-      --calibration-tokens "${CALIBRATION_TOKENS:-32768}" --baselines "$baselines" --seed "$seed" \
+    "$cleave" report "$out/$name" "$model" --text "${held_out[@]}" --context "$context" \
+      --limit-tokens "$eval_tokens" --calibration "$calibration" \
+      --calibration-tokens "$calibration_tokens" --baselines "$baselines" --seed "$seed" \
       --out "$out/report-$rho-seed$seed"
   done
-  baselines=none
+  baselines=${SEED_BASELINES:-none}
 done
 
 # What routing, refit and shared experts each are worth, at the first seed: routing off at the same budget and with the
 # same refit; no refit; experts alone (stock Mixtral).
+hidden=$("$cleave" inspect "$model" --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["intermediate_size"])')
 for rho in ${RHOS:-0.75 0.5 0.25}; do
-  units=$(python3 -c "print(round(96 * $rho))") # of 16 of SmolLM2's 1536 neurons
+  units=$(python3 -c "print(round($hidden / 16 * $rho))") # experts of 16 neurons
   convert "static-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared "$units"
   convert "unrepaired-$rho" --active-share "$rho" --seed "${seeds[0]}" --refit off
   convert "mixtral-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared 0
