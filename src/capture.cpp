@@ -249,18 +249,25 @@ Capture capture_energy(const LayerTokens& tokens, const CaptureSpec& spec,
   const std::int64_t T = tokens.hidden.rows;
   const std::vector<double> total = total_energy(tokens, parallel);
   Capture capture;
-  capture.partition = first_partition(tokens, spec, total);
+  const bool captured = spec.partition == BudgetPartition::kCaptured;
+  if (captured) {
+    capture.partition = first_partition(tokens, spec, total);
+  } else {
+    auto shared = by_energy(total);
+    shared.resize(static_cast<std::size_t>(spec.shared));
+    capture.partition = fixed_partition(tokens, spec, shared, parallel);
+  }
   Buffer buffer(T * spec.experts);
   const MatrixView<float> energy(buffer.data(), T, spec.experts);
-  for (std::int64_t round = 0; round < spec.rounds; ++round) {
+  for (std::int64_t round = 0; captured && round < spec.rounds; ++round) {
     expert_energies(tokens, capture.partition, energy, parallel);
     const LinearRouter router = fit_amplitudes(tokens, energy, spec.router_penalty, parallel);
     capture.partition = reassign(tokens, spec, router, parallel);
   }
   expert_energies(tokens, capture.partition, energy, parallel);
-  capture.router = train_router(tokens.input, energy, spec.active,
-                                fit_amplitudes(tokens, energy, spec.router_penalty, parallel),
-                                spec.training, parallel);
+  capture.router =
+      final_router(tokens, spec, capture.partition, energy,
+                   fit_amplitudes(tokens, energy, spec.router_penalty, parallel), parallel);
   score(choose_experts(tokens.input, capture.router, spec.active, parallel), energy, total, spec,
         capture);
   return capture;

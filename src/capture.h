@@ -18,6 +18,8 @@ struct LayerTokens {
   MatrixView<const float> hidden;      ///< [T, H] values between the two products
   std::span<const float> weight;       ///< [T] of each token in all sums
   std::span<const float> down_square;  ///< [H] |d_j|^2, squared length of a neuron's output row
+  FfnView ffn{};                       ///< for partitions and routers that come from weights
+  std::int64_t context = 0;            ///< tokens of a window; 0: all are one
 };
 
 struct CaptureSpec {
@@ -25,7 +27,10 @@ struct CaptureSpec {
   std::int64_t shared = 0;   ///< neurons that are always on
   std::int64_t experts = 0;  ///< E; shared + E * width = H
   std::int64_t active = 0;   ///< K
-  std::int64_t rounds = 2;   ///< of router and assignment in turn
+  BudgetPartition partition = BudgetPartition::kCaptured;
+  std::int64_t rounds = 2;                       ///< of router and assignment in turn, kCaptured
+  RouterMethod router = RouterMethod::kTrained;  ///< the final one
+  std::int64_t router_rank = 0;                  ///< kLowRank; 0: default_router_rank()
   double router_penalty = 0.01;
   RouterTrainSpec training;  ///< of the final router
   std::uint64_t seed = 0;
@@ -50,9 +55,35 @@ void expert_energies(const LayerTokens& tokens, const NeuronPartition& partition
 /// Then, in turn: fit a router to the experts' energies; give every neuron to the expert (or to the
 /// shared slice) under whose real choices it is on when it has energy, at equal widths: an
 /// assignment problem, solved exactly. A neuron whose energy no router can foresee so becomes
-/// shared. The last router is trained (train_router).
+/// shared. With another CaptureSpec::partition the split is that. The last router is made by
+/// CaptureSpec::router.
 Capture capture_energy(const LayerTokens& tokens, const CaptureSpec& spec,
                        const ParallelFor& parallel);
+
+/// A split that does not depend on a router: any CaptureSpec::partition but kCaptured.
+/// @param shared  the neurons that are always on, where the method has no way of its own
+NeuronPartition fixed_partition(const LayerTokens& tokens, const CaptureSpec& spec,
+                                std::span<const std::int32_t> shared, const ParallelFor& parallel);
+
+/// The router of CaptureSpec::router, its logits with a standard deviation of 1.
+/// @param energy  [T, E], see expert_energies()
+/// @param ridge   fitted to the amplitudes: what most methods start from
+LinearRouter final_router(const LayerTokens& tokens, const CaptureSpec& spec,
+                          const NeuronPartition& partition, MatrixView<const float> energy,
+                          const LinearRouter& ridge, const ParallelFor& parallel);
+
+/// Rank of a low-rank router where none is given: 32, or half the experts where that is less.
+std::int64_t default_router_rank(std::int64_t experts);
+
+/// hidden [n, H] of at most kSampleRows tokens, evenly spaced, each times the root of its weight.
+struct HiddenSample {
+  static constexpr std::int64_t kSampleRows = 2048;
+  explicit HiddenSample(const LayerTokens& tokens);
+  NeuronSample view() const;  ///< valid while it lives
+
+  std::int64_t rows = 0, neurons = 0;
+  std::vector<float> hidden, down_norm;  // [n, H], [H]
+};
 
 /// The static counterpart: the `kept` neurons of most energy are shared, the others dropped.
 Capture keep_most_energy(const LayerTokens& tokens, std::int64_t kept, const ParallelFor& parallel);

@@ -212,15 +212,19 @@ class BudgetConversion {
         stream_(model_, windows),
         hidden_(stream_.tokens() * source.config().intermediate_size),
         target_(stream_.tokens() * source.config().hidden_size) {
+    if (spec.router_method == RouterMethod::kLowRank && spec.router_rank > shares_.experts)
+      fail_argument("convert: a router of rank {} for {} experts; give a rank of at most as many",
+                    spec.router_rank, shares_.experts);
     if (spec.correction != 0.0) dense_.emplace(model_, windows);
   }
 
   Conversion run() {
-    conversion_.partition = shares_.active == 0 ? "energy" : "captured energy";
+    conversion_.partition = shares_.active == 0 ? "energy"
+                            : spec_.partition == BudgetPartition::kCaptured
+                                ? "captured energy"
+                                : budget_partition_name(spec_.partition);
     conversion_.seed = spec_.seed;
-    conversion_.router = shares_.active == 0      ? "none"
-                         : spec_.router.steps > 0 ? "trained"
-                                                  : "ridge";
+    conversion_.router = shares_.active == 0 ? "none" : router_method_name(spec_.router_method);
     conversion_.scale = ScalePolicy::kActive;
     conversion_.calibration_tokens = stream_.tokens();
     const std::int64_t layers = model_.config().num_layers;
@@ -241,7 +245,8 @@ class BudgetConversion {
     source.hidden_values(stream_.input(), hidden, parallel_);
     down_product(hidden, source.down_t, {}, target, parallel_);
     const std::vector<float> weight = token_weights(target, l);
-    const LayerTokens tokens{stream_.input(), hidden, weight, source.down_square};
+    const LayerTokens tokens{stream_.input(),   hidden,          weight, source.down_square,
+                             source.ffn.view(), windows_.context};
     const Capture capture =
         shares_.active > 0
             ? capture_energy(tokens, capture_spec(static_cast<std::uint64_t>(l)), parallel_)
@@ -269,7 +274,10 @@ class BudgetConversion {
     spec.shared = shares_.shared;
     spec.experts = shares_.experts;
     spec.active = shares_.active;
+    spec.partition = spec_.partition;
     spec.rounds = spec_.rounds;
+    spec.router = spec_.router_method;
+    spec.router_rank = spec_.router_rank;
     spec.training = spec_.router;
     spec.training.seed = spec.seed = spec_.seed + layer;  // layers must not share a permutation
     return spec;

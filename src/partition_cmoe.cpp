@@ -57,19 +57,6 @@ class CmoeClusters {
       for (const std::int32_t t : columns_[routed_.ids[r]]) means_[t * E_ + expert_of[r]] += share;
   }
 
-  std::vector<std::int32_t> representatives(const std::vector<std::int32_t>& expert_of) const {
-    const std::vector<float> benefit = closeness();
-    std::vector<std::int32_t> nearest(static_cast<std::size_t>(E_), -1);  // rows of `benefit`
-    for (std::int64_t r = 0; r < routed_.count(); ++r) {
-      std::int32_t& best = nearest[expert_of[r]];
-      if (best < 0 ||
-          benefit[r * E_ + expert_of[r]] > benefit[std::int64_t{best} * E_ + expert_of[r]])
-        best = static_cast<std::int32_t>(r);
-    }
-    for (std::int32_t& r : nearest) r = routed_.ids[r];
-    return nearest;
-  }
-
  private:
   /// [routed, E], minus the L1 distance: sum over t of m_t, and 1 - 2 m_t more for each token that
   /// the neuron is active for.
@@ -95,7 +82,56 @@ class CmoeClusters {
   std::vector<float> means_;  // [T, E]
 };
 
+/// Of each expert's neurons the one whose column is nearest (L1) to their mean.
+std::vector<std::int32_t> nearest_to_means(const std::vector<std::vector<std::int32_t>>& columns,
+                                           std::int64_t tokens, const NeuronPartition& partition) {
+  const auto E = static_cast<std::size_t>(partition.num_experts);
+  std::vector<std::vector<std::int32_t>> members(E);
+  for (std::size_t j = 0; j < partition.expert_of_neuron.size(); ++j) {
+    const std::int32_t e = partition.expert_of_neuron[j];
+    if (e >= 0) members[static_cast<std::size_t>(e)].push_back(static_cast<std::int32_t>(j));
+  }
+  std::vector<std::int32_t> nearest;
+  std::vector<double> mean;
+  for (std::size_t e = 0; e < E; ++e) {
+    if (members[e].empty())
+      fail_argument("representative_neurons: expert {} of {} has no neuron", e, E);
+    mean.assign(static_cast<std::size_t>(tokens), 0.0);
+    for (const std::int32_t j : members[e])
+      for (const std::int32_t t : columns[j])
+        mean[t] += 1.0 / static_cast<double>(members[e].size());
+    double shortest = 0.0;
+    nearest.push_back(-1);
+    for (const std::int32_t j : members[e]) {
+      double distance = 0.0;  // but for the sum over the mean, which is the same for all members
+      for (const std::int32_t t : columns[j]) distance += 1.0 - 2.0 * mean[t];
+      if (nearest.back() >= 0 && distance >= shortest) continue;
+      nearest.back() = j;
+      shortest = distance;
+    }
+  }
+  return nearest;
+}
+
 }  // namespace
+
+std::vector<std::int32_t> representative_neurons(const NeuronSample& sample,
+                                                 const NeuronPartition& partition,
+                                                 std::int64_t top) {
+  const std::int64_t H = sample.hidden.cols;
+  check_sample("representative_neurons", sample);
+  if (top < 1 || top > H)
+    fail_argument("representative_neurons: Ka = {} neurons a token; must be in [1, H = {}]", top,
+                  H);
+  if (static_cast<std::int64_t>(partition.expert_of_neuron.size()) != H)
+    fail_argument("representative_neurons: the partition has {} neurons, the sample {}",
+                  partition.expert_of_neuron.size(), H);
+  for (std::int64_t j = 0; j < H; ++j)
+    if (partition.expert_of_neuron[j] >= partition.num_experts)
+      fail_argument("representative_neurons: neuron {} is in expert {} of E = {}", j,
+                    partition.expert_of_neuron[j], partition.num_experts);
+  return nearest_to_means(active_tokens(sample, top), sample.hidden.rows, partition);
+}
 
 CmoePartition partition_cmoe(const NeuronSample& sample, const CmoeSpec& spec) {
   const std::int64_t H = sample.hidden.cols;
@@ -126,7 +162,9 @@ CmoePartition partition_cmoe(const NeuronSample& sample, const CmoeSpec& spec) {
     expert_of = std::move(next);
     clusters.update(expert_of);
   }
-  return {routed.partition(expert_of), clusters.representatives(expert_of)};
+  CmoePartition result{routed.partition(expert_of), {}};
+  result.representative = nearest_to_means(columns, sample.hidden.rows, result.partition);
+  return result;
 }
 
 }  // namespace cleave

@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -188,6 +189,7 @@ TEST_F(Budget, TheStreamIsThatOfTheConvertedModel) {
 }
 
 TEST_F(Budget, TheCorrectionAimsAtTheDenseStream) {
+  calibration_.tokens.resize(6 * kContext);
   Model dense = Model::load(source_);
   const HiddenStates wanted = hidden_states(dense, calibration_);
   // |states - dense states|^2 / |dense states|^2 after the last layer, on the calibration text.
@@ -269,6 +271,55 @@ TEST_F(Budget, NamesLayerAndTokenOfWhatIsNotFinite) {
   }
 }
 
+TEST_F(Budget, RoutersAreAsGoodAsWhatTheyLearnFrom) {
+  calibration_.tokens.resize(4 * kContext);
+  const auto energy = [&](RouterMethod method, std::int64_t rank = 0) {
+    BudgetSpec spec = budget(0.5);
+    spec.router.steps = 60;
+    spec.router_method = method;
+    spec.router_rank = rank;
+    const Conversion conversion = convert_to_budget(source_, spec, calibration_);
+    EXPECT_EQ(conversion.router, router_method_name(method));
+    return std::accumulate(conversion.captured_energy.begin(), conversion.captured_energy.end(),
+                           0.0) /
+           4.0;
+  };
+  const double trained = energy(RouterMethod::kTrained), ridge = energy(RouterMethod::kRidge);
+  const double rank_2 = energy(RouterMethod::kLowRank, 2), mean = energy(RouterMethod::kMeanGate);
+  const double one = energy(RouterMethod::kRepresentative);
+  EXPECT_GT(trained, ridge);
+  EXPECT_GT(energy(RouterMethod::kLogistic), ridge);
+  EXPECT_GT(ridge, rank_2);
+  EXPECT_GT(ridge, mean);
+  EXPECT_GT(mean, one);
+}
+
+TEST_F(Budget, WhatFollowsTheRouterCatchesMostOfAllPartitions) {
+  calibration_.tokens.resize(4 * kContext);
+  const auto energy = [&](BudgetPartition partition) {
+    BudgetSpec spec = budget(0.5);
+    spec.partition = partition;
+    spec.router_method = RouterMethod::kRidge;
+    spec.refit = false;
+    const Conversion conversion = convert_to_budget(source_, spec, calibration_);
+    for (const MoeLayer& layer : conversion.layers) {
+      EXPECT_EQ(layer.shared.rows(), 128) << conversion.partition;
+      EXPECT_EQ(layer.experts.num_experts(), 24) << conversion.partition;
+    }
+    return std::accumulate(conversion.captured_energy.begin(), conversion.captured_energy.end(),
+                           0.0) /
+           4.0;
+  };
+  const double captured = energy(BudgetPartition::kCaptured),
+               random = energy(BudgetPartition::kRandom);
+  for (int i = 1; i <= static_cast<int>(BudgetPartition::kContiguous); ++i) {
+    const auto partition = static_cast<BudgetPartition>(i);
+    EXPECT_GT(captured, energy(partition)) << budget_partition_name(partition);
+  }
+  EXPECT_GT(energy(BudgetPartition::kProfiles), random);
+  EXPECT_GT(captured, random);
+}
+
 TEST_F(Budget, RefusesWhatMakesNoSense) {
   const auto refused = [&](const BudgetSpec& spec, const std::string& part) {
     try {
@@ -286,6 +337,10 @@ TEST_F(Budget, RefusesWhatMakesNoSense) {
   spec = budget(0.5);
   spec.shared_share = -0.1;
   refused(spec, "shared");
+  spec = budget(0.5);
+  spec.router_method = RouterMethod::kLowRank;
+  spec.router_rank = 25;
+  refused(spec, "rank 25 for 24 experts");
   calibration_.tokens.resize(100);
   refused(budget(0.5), "window");
 }

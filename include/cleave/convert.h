@@ -43,9 +43,12 @@ struct Conversion {
   /// [L] in place of `layers` where a budget is all shared, so that nothing is routed: each FFN's
   /// neurons that are left, as one expert.
   std::vector<ExpertBank> pruned;
-  std::string partition;  ///< "kmeans", ...: how neurons were grouped
+  /// How neurons were grouped: "kmeans", ...; of a budget "captured energy", "energy" (nothing is
+  /// routed) or budget_partition_name().
+  std::string partition;
   std::uint64_t seed = 0;
-  std::string router;  ///< "zero" (K = E), "ridge", "trained" (calibrated), "random", "none"
+  /// "zero" (K = E), "ridge", "random"; of a budget router_method_name() or "none"
+  std::string router;
   ScalePolicy scale = ScalePolicy::kExperts;  ///< that was applied
   std::int64_t calibration_tokens = 0;        ///< that the statistics were taken from
   /// [L], mean of |MoE(x) - FFN(x)|^2 / |FFN(x)|^2 over calibration tokens; empty without any.
@@ -83,9 +86,12 @@ struct BudgetSpec {
   double active_share = 0.5;       ///< rho: share of the neurons that run for a token, in (0, 1]
   double shared_share = 0.5;       ///< of those neurons, the part that always runs, in [0, 1]
   std::int64_t expert_width = 16;  ///< I; the fine experts of the others
-  std::int64_t rounds = 2;         ///< of router and assignment in turn (see docs)
-  RouterTrainSpec router{};        ///< how the routers are trained; steps = 0: ridge alone
-  bool refit = true;               ///< of `down`, under the routing that really happens
+  std::int64_t rounds = 2;         ///< of router and assignment in turn, kCaptured (see docs)
+  BudgetPartition partition = BudgetPartition::kCaptured;
+  RouterMethod router_method = RouterMethod::kTrained;
+  std::int64_t router_rank = 0;  ///< R of kLowRank, at most E; 0: 32, or E / 2 where that is less
+  RouterTrainSpec router{};      ///< of kTrained and kLogistic
+  bool refit = true;             ///< of `down`, under the routing that really happens
   RefitSpec refit_spec{};
   /// Which part of what the layers before have lost `down` is asked to give back: 0: `down` aims at
   /// the dense FFN's output; 1: at the dense model's residual stream after the layer.

@@ -2,11 +2,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "cleave/expert.h"
 #include "cleave/kernels.h"
+#include "cleave/partition.h"
 #include "cleave/routing.h"
 #include "cleave/views.h"
 
@@ -72,6 +75,60 @@ struct RouterTrainSpec {
 LinearRouter train_router(MatrixView<const float> x, MatrixView<const float> gain,
                           std::int64_t experts_per_token, const LinearRouter& start,
                           const RouterTrainSpec& spec, const ParallelFor& parallel);
+
+/// The same descent on a cost-weighted logistic loss, whose labels are the oracle's sets:
+///   sum over t, e of |gain[t,e] - g_t| log(1 + exp(-s[t,e] (logit[t,e] - z_t) / temperature)),
+/// s = 1 for the K experts of largest gain and -1 for the others; what a wrong choice costs weighs
+/// it. z_t, the token's own border, stands in for a bias: only the order of a token's logits
+/// matters, so none is needed. Unlike train_router() it keeps pulling at experts far on the wrong
+/// side.
+/// Parameters and errors as train_router().
+/// Source: cost-sensitive logistic regression, e.g. Elkan 2001; on oracle sets cf. DejaVu,
+/// arXiv:2310.17157, whose predictors are trained on who is active.
+LinearRouter logistic_router(MatrixView<const float> x, MatrixView<const float> gain,
+                             std::int64_t experts_per_token, const LinearRouter& start,
+                             const RouterTrainSpec& spec, const ParallelFor& parallel);
+
+/// The router of rank R whose logits are nearest to the given one's over the tokens of x: with
+/// Z = X W^T and V [E, R] the R largest eigenvectors of Z^T Z, W_R = V V^T W, stored as one
+/// matrix. Of the ridge solution it is reduced-rank regression: fewer numbers to learn, R (D + E)
+/// in place of D E.
+///   x [T, D]   router W [E, D]
+/// @throws InvalidArgument  shapes disagree, no token, R outside [1, E], a logit not finite
+/// Source: Izenman 1975; with a penalty, Mukherjee and Zhu 2011 (whose projection also counts the
+/// penalty's rows; ours counts tokens alone).
+LinearRouter low_rank_router(MatrixView<const float> x, const LinearRouter& router,
+                             std::int64_t rank, const ParallelFor& parallel);
+
+/// Row e = mean of the rows of `gate` (of `up` where there is no gate) of expert e's neurons: an
+/// expert is chosen where its gates are open on average. Needs no text.
+/// @throws InvalidArgument  sizes disagree, or an expert has no neuron
+/// Source: ExpertWeaver, arXiv:2602.15521.
+LinearRouter mean_gate_router(const FfnView& ffn, const NeuronPartition& partition);
+
+/// Row e = the gate row (up row without a gate) of one neuron that stands for expert e; see
+/// representative_neurons(). CMoE scores an expert by that neuron's |act(g x) (u x)|, which is not
+/// linear and which no stock class computes; this is the linear part, its gate.
+///   representative [E], neurons
+/// @throws InvalidArgument  no neuron, or one outside [0, H)
+/// Source: CMoE, arXiv:2502.04416, section 4.2.
+LinearRouter representative_router(const FfnView& ffn,
+                                   std::span<const std::int32_t> representative);
+
+/// How the router of a conversion to a budget is made. docs/methods/routers.md
+enum class RouterMethod {
+  kTrained,         ///< train_router() on the experts' energies
+  kRidge,           ///< ridge regression on their amplitudes
+  kLogistic,        ///< logistic_router() on the oracle's sets
+  kLowRank,         ///< low_rank_router() of the ridge solution
+  kMeanGate,        ///< mean_gate_router()
+  kRepresentative,  ///< representative_router()
+};
+
+/// "trained", "ridge", "logistic", "low-rank", "mean-gate", "representative".
+const char* router_method_name(RouterMethod method);
+/// Empty optional for anything else.
+std::optional<RouterMethod> parse_router_method(const std::string& name);
 
 /// A router of independent normal entries (mean 0, given standard deviation), as FactorLLM starts.
 LinearRouter random_router(std::int64_t num_experts, std::int64_t d_model, std::uint64_t seed,

@@ -125,6 +125,16 @@ struct CmoePartition {
 /// Source: arXiv:2502.04416, sections 4.1 and 4.2, and the authors' code.
 CmoePartition partition_cmoe(const NeuronSample& sample, const CmoeSpec& spec);
 
+/// For any partition, the neuron that stands for each expert: of its neurons the one whose 0/1
+/// column over tokens is nearest (L1) to the mean column of the expert; ties to the lower neuron.
+///   top  Ka: a token activates its Ka neurons of largest |h_j| (times |d_j| where given)
+/// returns [E]. @throws InvalidArgument  as partition_profiles(), Ka outside [1, H], sizes that
+/// disagree, or an expert without a neuron
+/// Source: CMoE, arXiv:2502.04416, section 4.2.
+std::vector<std::int32_t> representative_neurons(const NeuronSample& sample,
+                                                 const NeuronPartition& partition,
+                                                 std::int64_t top = 10);
+
 struct ExpertWeaverSpec {
   std::int32_t num_experts = 64;  ///< N, shared ones included; must divide H
   std::optional<std::int32_t> shared_experts =
@@ -148,5 +158,26 @@ struct ExpertWeaverPartition {
 ExpertWeaverPartition partition_expert_weaver(MatrixView<const float> gate_means,
                                               const ExpertWeaverSpec& spec,
                                               const ParallelFor& parallel = {});
+
+/// What groups the neurons in a conversion to a budget. All but the first are fixed before any
+/// router is fitted; the shared neurons are those of most energy unless the method has a way of its
+/// own. docs/methods/partitioners.md
+enum class BudgetPartition {
+  kCaptured,      ///< in turn with the router, by the energy that its choices catch
+  kProfiles,      ///< partition_profiles()
+  kKMeans,        ///< gate rows, partition_neurons()
+  kCoactivation,  ///< partition_coactivation()
+  kCmoe,          ///< partition_cmoe(); shared by rate
+  kExpertWeaver,  ///< partition_expert_weaver(); shared by mean gate activation
+  kImportance,    ///< partition_importance_spread() by |gate row| |up row| |down column|
+  kContiguous,    ///< partition_neurons()
+  kRandom,        ///< partition_neurons()
+};
+
+/// "captured", "profiles", "kmeans", "coactivation", "cmoe", "expertweaver", "importance",
+/// "contiguous", "random".
+const char* budget_partition_name(BudgetPartition partition);
+/// Empty optional for anything else.
+std::optional<BudgetPartition> parse_budget_partition(const std::string& name);
 
 }  // namespace cleave
