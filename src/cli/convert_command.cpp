@@ -1,174 +1,47 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <chrono>
 #include <cmath>
 #include <numeric>
+#include <optional>
 
-#include "cli/cli.h"
+#include "cli/convert_options.h"
+#include "cli/report_command.h"
 
 namespace cleave::cli {
 namespace {
 
-struct ConvertOptions {
-  CommonOptions common;
-  std::string model, out;
-  std::string experts = "auto";
-  std::string shared = "auto";
-  std::int64_t active = 4;
-  double active_share = 0.0;  // 0: experts and active say what runs
-  std::string partition = "auto";
-  std::string router = "trained";
-  std::string refit = "on";
-  double correction = BudgetSpec{}.correction;
-  double penalty = RefitSpec{}.penalty;
-  std::string gate = "softmax";
-  std::string scale = "fitted";
-  std::vector<std::string> calibration;
-  std::int64_t calibration_tokens = 0;  // 0: as the mode likes it
-  std::int64_t context = 0;
-  std::string dtype = "auto";
-  bool overwrite = false;
-};
-
-std::int64_t parse_count(const std::string& option, const std::string& value,
-                         std::int64_t automatic) {
-  if (value == "auto") return automatic;
-  std::int64_t count = 0;
-  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), count);
-  if (error != std::errc() || end != value.data() + value.size() || count < 0)
-    throw InvalidArgument(
-        fmt::format("{}: '{}' is neither a whole number nor 'auto'", option, value));
-  return count;
+/// The report beside the model.
+WrittenReport report_on(const ConvertOptions& options, const Checkpoint& written,
+                        const TokenWindows& calibration, Progress& progress) {
+  ReportOptions report;
+  report.common = options.common;
+  report.model = options.out;
+  report.dense = options.model;
+  report.text = options.text;
+  report.calibration = options.calibration;
+  report.baselines = options.baselines;
+  report.out = options.report.empty() ? (std::filesystem::path(options.out) / "report").string()
+                                      : options.report;
+  report.context = options.context;
+  const Tokenizer tokenizer = Tokenizer::from_checkpoint(written);
+  return measure_and_write(report, written, tokenizer, &calibration, progress);
 }
 
-ConvertSpec make_spec(const ConvertOptions& options) {
-  constexpr std::pair<const char*, PartitionMethod> kPartitions[] = {
-      {"auto", PartitionMethod::kKMeans},
-      {"contiguous", PartitionMethod::kContiguous},
-      {"random", PartitionMethod::kRandom},
-      {"kmeans", PartitionMethod::kKMeans}};
-  constexpr std::pair<const char*, GateMode> kGates[] = {{"softmax", GateMode::kSoftmax},
-                                                         {"hard", GateMode::kHard}};
-  ConvertSpec spec;
-  spec.partition.method = parse_name("--partition", options.partition, kPartitions);
-  spec.partition.num_experts =
-      static_cast<std::int32_t>(parse_count("--experts", options.experts, 8));
-  spec.partition.seed = options.common.seed;
-  spec.experts_per_token = options.active;
-  spec.gate = parse_name("--gate", options.gate, kGates);
-  constexpr std::pair<const char*, ScalePolicy> kScales[] = {{"fitted", ScalePolicy::kFitted},
-                                                             {"experts", ScalePolicy::kExperts},
-                                                             {"active", ScalePolicy::kActive}};
-  spec.scale = parse_name("--scale", options.scale, kScales);
-  spec.threads = options.common.threads;
-  return spec;
-}
-
-/// @param hidden  H of the model
-BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden) {
-  BudgetSpec spec;
-  spec.active_share = options.active_share;
-  const std::int64_t experts =
-      parse_count("--experts", options.experts, hidden / spec.expert_width);
-  check_divides(experts, hidden);
-  spec.expert_width = hidden / experts;
-  if (options.shared != "auto")
-    spec.shared_share = static_cast<double>(parse_count("--shared", options.shared, 0)) /
-                        (options.active_share * static_cast<double>(experts));
-  if (spec.shared_share > 1.0)
-    throw InvalidArgument(fmt::format(
-        "--shared: {} of {} experts are more than the active share of {}; give {} or fewer",
-        options.shared, experts, options.active_share,
-        std::floor(options.active_share * static_cast<double>(experts))));
-  constexpr std::pair<const char*, bool> kSwitch[] = {{"on", true}, {"off", false}};
-  spec.refit = parse_name("--refit", options.refit, kSwitch);
-  spec.refit_spec.penalty = options.penalty;
-  spec.correction = options.correction;
-  constexpr std::pair<const char*, bool> kRouters[] = {{"trained", true}, {"ridge", false}};
-  if (!parse_name("--router", options.router, kRouters)) spec.router.steps = 0;
-  spec.seed = options.common.seed;
-  spec.threads = options.common.threads;
-  return spec;
-}
-
-Json settings_json(const ConvertOptions& options) {
-  Json settings = {{"command", "convert"}};
-  if (options.active_share > 0.0)
-    settings.update({{"active_share", options.active_share},
-                     {"experts", options.experts},
-                     {"shared", options.shared},
-                     {"router", options.router},
-                     {"refit", options.refit},
-                     {"penalty", options.penalty},
-                     {"correction", options.correction}});
-  else
-    settings.update({{"experts", parse_count("--experts", options.experts, 8)},
-                     {"active", options.active},
-                     {"partition", options.partition == "auto" ? "kmeans" : options.partition},
-                     {"gate", options.gate}});
-  settings.update({{"calibration_files", options.calibration.size()},
-                   {"context", options.context},
-                   {"calibration_tokens", options.calibration_tokens},
-                   {"dtype", options.dtype},
-                   {"seed", options.common.seed}});
-  return settings;
-}
-
-/// Equal parts of every file, so that a long one does not push out the others.
-TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options) {
-  const Tokenizer tokenizer = Tokenizer::from_checkpoint(source);
-  if (options.active_share == 0.0)
-    return load_windows(tokenizer, options.calibration, options.context,
-                        options.calibration_tokens);
-  const auto files = static_cast<std::int64_t>(options.calibration.size());
-  TokenWindows all;
-  all.context = options.context;
-  for (std::int64_t i = 0; i < files; ++i) {
-    const std::int64_t windows = options.calibration_tokens / options.context;
-    const std::int64_t share = (windows * (i + 1)) / files - (windows * i) / files;
-    if (options.calibration_tokens > 0 && share == 0)
-      throw InvalidArgument(fmt::format(
-          "--calibration-tokens: {} are fewer than one window of {} for each of {} files",
-          options.calibration_tokens, options.context, files));
-    TokenWindows part = load_windows(tokenizer, {options.calibration[static_cast<std::size_t>(i)]},
-                                     options.context, share * options.context);
-    part.tokens.resize(static_cast<std::size_t>(part.count() * part.context));
-    all.tokens.insert(all.tokens.end(), part.tokens.begin(), part.tokens.end());
-  }
-  return all;
-}
-
-void check_combination(const ConvertOptions& options, const CLI::App& command) {
-  const auto given = [&](const char* name) { return command.count(name) > 0; };
-  if (options.active_share == 0.0) {
-    for (const char* name : {"--shared", "--refit", "--router", "--penalty", "--correction"})
-      if (given(name))
-        throw InvalidArgument(fmt::format(
-            "{} belongs to a conversion to a budget; give --active-share as well", name));
-    return;
-  }
-  for (const char* name : {"--active", "--gate", "--scale", "--partition"})
-    if (given(name))
-      throw InvalidArgument(fmt::format(
-          "{} and --active-share exclude each other: a budget decides it by itself", name));
-  if (options.calibration.empty())
-    throw InvalidArgument("--active-share needs a text to learn from; give --calibration FILE");
-}
-
+/// @param text  receives the calibration text, if there is one
 Conversion run_conversion(const Checkpoint& source, const ConvertOptions& options,
-                          Progress& progress) {
+                          std::optional<TokenWindows>& text, Progress& progress) {
   const auto report = [&](const std::string& what, std::int64_t done, std::int64_t all) {
     progress.update(fmt::format("{} {}/{}", what, done, all), done == all);
   };
   // What can be refused is refused before the text is read.
   if (options.active_share > 0.0) {
     const BudgetSpec budget = make_budget(options, source.config().intermediate_size);
-    return convert_to_budget(source, budget, calibration_text(source, options), report);
+    text = calibration_text(source, options);
+    return convert_to_budget(source, budget, *text, report);
   }
   const ConvertSpec spec = make_spec(options);
-  std::optional<TokenWindows> text;
   if (!options.calibration.empty()) text = calibration_text(source, options);
   return convert(source, spec, text ? &*text : nullptr, report);
 }
@@ -218,6 +91,36 @@ void add_routing(const Conversion& conversion, double router_share, Json& json) 
   json["router_share"] = router_share;
 }
 
+Json result_json(const ConvertOptions& options, const ModelConfig& source,
+                 const ModelConfig& written, const Conversion& conversion) {
+  const ModelCost before = model_cost(source), after = model_cost(written);
+  Json json{{"model", options.model},
+            {"out", options.out},
+            {"experts", written.num_experts},
+            {"active", written.experts_per_token},
+            {"expert_width", written.intermediate_size},
+            {"shared_width", written.shared_intermediate_size},
+            {"partition", conversion.partition},
+            {"router", conversion.router},
+            {"scale", scale_policy_name(conversion.scale)},
+            {"calibration_tokens", conversion.calibration_tokens},
+            {"dtype", dtype_name(written.dtype)},
+            {"layer_error", conversion.layer_error}};
+  add_routing(conversion, router_share(before, after), json);
+  json["macs_per_token_before"] = before.macs_per_token;
+  json["macs_per_token"] = after.macs_per_token;
+  return json;
+}
+
+std::string result_text(const ConvertOptions& options, const ModelConfig& source,
+                        const ModelConfig& written, const Conversion& conversion) {
+  const ModelCost before = model_cost(source), after = model_cost(written);
+  return fmt::format(
+      "{}: {}\n{}multiply-adds per token {} -> {}; {}", options.out, describe(written, conversion),
+      routing_text(conversion, router_share(before, after)), human_count(before.macs_per_token),
+      human_count(after.macs_per_token), dtype_name(written.dtype));
+}
+
 void run_convert(ConvertOptions options, const CLI::App& command) {
   const auto begin = std::chrono::steady_clock::now();
   check_combination(options, command);
@@ -228,40 +131,30 @@ void run_convert(ConvertOptions options, const CLI::App& command) {
   const WriteSpec write{.dtype = parse_dtype(options.dtype), .overwrite = options.overwrite};
   check_output(options.out, options.overwrite);
   const Checkpoint source = Checkpoint::open(options.model);
+  check_report(options, command, source);
 
   Progress progress(options.common.quiet);
-  const Conversion conversion = run_conversion(source, options, progress);
+  std::optional<TokenWindows> calibration;
+  Conversion conversion = run_conversion(source, options, calibration, progress);
   for (const std::string& notice : conversion.notices) progress.note("note: " + notice);
   progress.update("writing " + options.out);
   write_conversion(options.out, source, conversion, settings_json(options).dump(), write);
 
   const Checkpoint written = Checkpoint::open(options.out);
-  const ModelCost before = model_cost(source.config()), after = model_cost(written.config());
   const double elapsed_s =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  const ModelConfig& config = written.config();
-  const double router = router_share(before, after);
-  Json json{{"model", options.model},
-            {"out", options.out},
-            {"experts", config.num_experts},
-            {"active", config.experts_per_token},
-            {"expert_width", config.intermediate_size},
-            {"shared_width", config.shared_intermediate_size},
-            {"partition", conversion.partition},
-            {"router", conversion.router},
-            {"scale", scale_policy_name(conversion.scale)},
-            {"calibration_tokens", conversion.calibration_tokens},
-            {"dtype", dtype_name(config.dtype)},
-            {"layer_error", conversion.layer_error}};
-  add_routing(conversion, router, json);
-  json.update({{"macs_per_token_before", before.macs_per_token},
-               {"macs_per_token", after.macs_per_token},
-               {"elapsed_s", elapsed_s}});
-  print_result(options.common, json,
-               fmt::format("{}: {}\n{}multiply-adds per token {} -> {}; {} in {}\n", options.out,
-                           describe(config, conversion), routing_text(conversion, router),
-                           human_count(before.macs_per_token), human_count(after.macs_per_token),
-                           dtype_name(config.dtype), human_seconds(elapsed_s)));
+  Json json = result_json(options, source.config(), written.config(), conversion);
+  json["elapsed_s"] = elapsed_s;
+  std::string text =
+      fmt::format("{} in {}\n", result_text(options, source.config(), written.config(), conversion),
+                  human_seconds(elapsed_s));
+  if (options.baselines != "none") {
+    conversion = {};  // its memory
+    const WrittenReport report = report_on(options, written, *calibration, progress);
+    json["report"] = report.json;
+    text += "\n" + report.text;
+  }
+  print_result(options.common, json, text);
 }
 
 }  // namespace
@@ -294,11 +187,14 @@ void add_convert_command(CLI::App& app) {
       ->check(CLI::Range(1, 1 << 20));
   command
       ->add_option("--partition", options->partition,
-                   "How neurons are grouped: contiguous, random or kmeans (auto)")
+                   "How neurons are grouped: contiguous, random or kmeans (auto); with "
+                   "--active-share captured (auto), profiles, kmeans, coactivation, cmoe, "
+                   "expertweaver, importance, contiguous or random")
       ->capture_default_str();
   command
       ->add_option("--router", options->router,
-                   "With --active-share: trained (on the experts' energies) or ridge")
+                   "With --active-share: trained (on the experts' energies), ridge, logistic, "
+                   "low-rank[:R], mean-gate or representative")
       ->capture_default_str();
   command
       ->add_option("--refit", options->refit,
@@ -336,6 +232,14 @@ void add_convert_command(CLI::App& app) {
       ->add_option("--dtype", options->dtype,
                    "Stored type: f32, bf16, f16, or auto: the source's where that is exact")
       ->capture_default_str();
+  command
+      ->add_option("--baselines", options->baselines,
+                   "After writing, measure the model beside pruning, published splits and oracles "
+                   "as `cleave report` does: none, quick or all; needs --text")
+      ->capture_default_str();
+  command->add_option("--text", options->text,
+                      "Text file(s) of that report, which the calibration text does not hold");
+  command->add_option("--report", options->report, "Directory of that report; default: OUT/report");
   command->add_flag("--overwrite", options->overwrite, "Replace OUT if it exists");
   add_seed_option(*command, options->common, "partition and random routers");
   add_common_options(*command, options->common);

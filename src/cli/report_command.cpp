@@ -2,37 +2,14 @@
 
 #include <memory>
 
-#include "cli/cli.h"
+#include "cli/report_command.h"
 
 namespace cleave::cli {
 namespace {
 
-struct ReportOptions {
-  CommonOptions common;
-  std::string model, dense;
-  std::vector<std::string> text, calibration;
-  std::string baselines = "quick";
-  std::string out;
-  std::int64_t context = 1024;
-  std::int64_t limit_tokens = 16384;
-  std::int64_t calibration_tokens = 65536;
-};
-
 std::string name_of(const std::filesystem::path& path) {
   const auto normal = std::filesystem::absolute(path).lexically_normal();
   return (normal.has_filename() ? normal : normal.parent_path()).filename().string();
-}
-
-BaselineSet baseline_set(const ReportOptions& options) {
-  const auto set = parse_baseline_set(options.baselines);
-  if (!set)
-    throw InvalidArgument(fmt::format(
-        "--baselines: unknown value '{}'; choose one of none, quick, all", options.baselines));
-  if (*set != BaselineSet::kNone && options.calibration.empty())
-    throw InvalidArgument(
-        "--baselines: they are fitted on text; give --calibration FILE, the one the model was "
-        "converted with, or --baselines none");
-  return *set;
 }
 
 std::vector<NamedText> load_texts(const ReportOptions& options, const Tokenizer& tokenizer) {
@@ -63,24 +40,43 @@ std::string table_text(const ConversionReport& report) {
   return text;
 }
 
-void run_report(const ReportOptions& options) {
-  const ReportSpec spec{.baselines = baseline_set(options), .seed = options.common.seed};
+void run_report(ReportOptions options) {
+  const BaselineSet set = baseline_set(options.baselines);
+  if (set != BaselineSet::kNone && options.calibration.empty())
+    throw InvalidArgument(
+        "--baselines: they are fitted on text; give --calibration FILE, the one the model was "
+        "converted with, or --baselines none");
   const Checkpoint converted = Checkpoint::open(options.model);
-  const Checkpoint source = Checkpoint::open(options.dense);
-  std::filesystem::path out = options.out;
-  if (out.empty()) out = converted.directory();
+  if (options.out.empty()) options.out = converted.directory().string();
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(converted);
-  const std::vector<NamedText> texts = load_texts(options, tokenizer);
   std::optional<TokenWindows> calibration;
-  if (spec.baselines != BaselineSet::kNone)
+  if (set != BaselineSet::kNone)
     calibration =
         load_windows(tokenizer, options.calibration, options.context, options.calibration_tokens);
-
   Progress progress(options.common.quiet);
+  const WrittenReport report = measure_and_write(options, converted, tokenizer,
+                                                 calibration ? &*calibration : nullptr, progress);
+  print_result(options.common, report.json, report.text);
+}
+
+}  // namespace
+
+BaselineSet baseline_set(const std::string& value) {
+  if (const auto set = parse_baseline_set(value)) return *set;
+  throw InvalidArgument(
+      fmt::format("--baselines: unknown value '{}'; choose one of none, quick, all", value));
+}
+
+WrittenReport measure_and_write(const ReportOptions& options, const Checkpoint& converted,
+                                const Tokenizer& tokenizer, const TokenWindows* calibration,
+                                Progress& progress) {
+  const ReportSpec spec{.baselines = baseline_set(options.baselines), .seed = options.common.seed};
+  const Checkpoint source = Checkpoint::open(options.dense);
+  const std::vector<NamedText> texts = load_texts(options, tokenizer);
   Model model = Model::load(converted, {.threads = options.common.threads});
   Model dense = Model::load(source, {.threads = options.common.threads});
   ConversionReport report =
-      make_report(model, dense, texts, calibration ? &*calibration : nullptr, spec,
+      make_report(model, dense, texts, calibration, spec,
                   [&](const std::string& what, std::int64_t done, std::int64_t all) {
                     progress.update(fmt::format("{} {}/{}", what, done, all), done == all);
                   });
@@ -89,13 +85,12 @@ void run_report(const ReportOptions& options) {
   report.calibration = calibration_name(options);
   if (const auto provenance = read_provenance(converted.directory()))
     if (!provenance->spec_json.empty()) report.settings = provenance->spec_json;
+  const std::filesystem::path out = options.out;
   write_report(out, report);
-  print_result(options.common, Json::parse(report_json(report)),
-               fmt::format("{}\n{}\n{}\n", verdict(report), table_text(report),
-                           (out / "report.html").string()));
+  return {Json::parse(report_json(report)),
+          fmt::format("{}\n{}\n{}\n", verdict(report), table_text(report),
+                      (out / "report.html").string())};
 }
-
-}  // namespace
 
 void add_report_command(CLI::App& app) {
   auto options = std::make_shared<ReportOptions>();

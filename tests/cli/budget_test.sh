@@ -14,6 +14,7 @@ expect() { # expect CODE COMMAND...: stdout to out.txt, stderr to err.txt
 }
 says() { grep -q -- "$2" "$1" || fail "$1 does not say '$2': $(head -5 "$1")"; }
 text="$source/sample.txt"
+head -c 4000 "$text" >short.txt
 convert="$cleave convert $source out --overwrite --calibration $text --calibration-tokens 1024 --context 256"
 
 expect 0 $convert --active-share 0.5
@@ -25,6 +26,10 @@ expect 0 $cleave report out "$source" --text "$text" --calibration "$text" --cal
   --limit-tokens 512 --context 256 --baselines quick --out report --quiet
 for file in report.json report.md report.html; do [ -s report/$file ] || fail "no report/$file"; done
 says report/report.md 'FLAP'
+expect 0 $convert --active-share 0.5 --quiet --json --baselines quick --text short.txt
+says out.txt '"verdict"'
+says out/report/report.md 'FLAP'
+sed -n '/"calibration": {/,/}/p' out.txt | grep -q '"tokens": 1024' || fail "the baselines learned from another text"
 expect 0 $cleave run out --prompt Once --max-tokens 4
 
 expect 0 $convert --active-share 0.5 --shared 16 --quiet
@@ -37,7 +42,30 @@ says out.txt '"router_share": 0.0'
 for list in captured_energy oracle_energy router_recall; do
   [ "$(sed -n "/\"$list\"/,/]/p" out.txt | grep -c '^    0\.')" -eq 4 ] || fail "$list does not have a share for each layer"
 done
+small="$cleave convert $source out --overwrite --calibration $text --calibration-tokens 512 --context 256 --active-share 0.5
+  --quiet --json"
+expect 0 $small --router low-rank:4 --partition cmoe
+says out.txt '"router": "low-rank"'
+says out.txt '"partition": "cmoe"'
+expect 0 $small --router representative --partition expertweaver
+says out.txt '"router": "representative"'
 
+expect 2 $convert --active-share 0.5 --router nearest
+says err.txt 'choose one of trained, ridge'
+expect 2 $convert --active-share 0.5 --router ridge:4
+says err.txt 'only low-rank'
+expect 2 $convert --active-share 0.5 --router low-rank:25
+says err.txt 'rank 25 for 24 experts'
+expect 2 $convert --active-share 0.5 --partition metis
+says err.txt 'choose one of captured, profiles'
+expect 2 $convert --active-share 0.5 --baselines quick
+says err.txt 'give --text'
+expect 2 $convert --active-share 0.5 --text "$text"
+says err.txt 'give --baselines'
+expect 2 $convert --active-share 0.5 --shared 16 --baselines quick --text "$text"
+says err.txt 'smaller --shared'
+expect 2 $convert --active-share 0.5 --baselines many --text "$text"
+says err.txt 'choose one of none, quick, all'
 expect 2 $convert --active-share 0.01
 says err.txt 'less than one expert'
 expect 2 $convert --active-share 0.5 --experts 7

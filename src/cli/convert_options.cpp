@@ -1,0 +1,199 @@
+#include "cli/convert_options.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+#include <cmath>
+
+#include "cli/report_command.h"
+
+namespace cleave::cli {
+namespace {
+
+std::int64_t parse_count(const std::string& option, const std::string& value,
+                         std::int64_t automatic) {
+  if (value == "auto") return automatic;
+  std::int64_t count = 0;
+  const auto [end, error] = std::from_chars(value.data(), value.data() + value.size(), count);
+  if (error != std::errc() || end != value.data() + value.size() || count < 0)
+    throw InvalidArgument(
+        fmt::format("{}: '{}' is neither a whole number nor 'auto'", option, value));
+  return count;
+}
+
+/// "trained", "low-rank", "low-rank:16", ...
+void parse_router(const std::string& value, BudgetSpec& spec) {
+  const std::size_t colon = value.find(':');
+  const auto method = parse_router_method(value.substr(0, colon));
+  if (!method)
+    throw InvalidArgument(
+        fmt::format("--router: unknown value '{}'; choose one of trained, ridge, logistic, "
+                    "low-rank, low-rank:R, mean-gate, representative",
+                    value));
+  spec.router_method = *method;
+  if (colon == std::string::npos) return;
+  if (*method != RouterMethod::kLowRank)
+    throw InvalidArgument(
+        fmt::format("--router: '{}' has a rank; only low-rank:R takes one", value));
+  spec.router_rank = parse_count("--router low-rank", value.substr(colon + 1), 0);
+  if (spec.router_rank < 1)
+    throw InvalidArgument(fmt::format("--router: '{}': the rank must be at least 1", value));
+}
+
+BudgetPartition parse_partition(const std::string& value) {
+  if (value == "auto") return BudgetPartition::kCaptured;
+  if (const auto partition = parse_budget_partition(value)) return *partition;
+  throw InvalidArgument(
+      fmt::format("--partition: unknown value '{}'; choose one of captured, profiles, kmeans, "
+                  "coactivation, cmoe, expertweaver, importance, contiguous, random",
+                  value));
+}
+
+/// Whether a budget leaves experts to choose from; else nothing is routed.
+bool is_routed(const BudgetSpec& spec, std::int64_t hidden) {
+  const auto units = [&](double share) {
+    return std::llround(share * static_cast<double>(hidden / spec.expert_width));
+  };
+  return units(spec.active_share) > units(spec.active_share * spec.shared_share);
+}
+
+}  // namespace
+
+ConvertSpec make_spec(const ConvertOptions& options) {
+  constexpr std::pair<const char*, PartitionMethod> kPartitions[] = {
+      {"auto", PartitionMethod::kKMeans},
+      {"contiguous", PartitionMethod::kContiguous},
+      {"random", PartitionMethod::kRandom},
+      {"kmeans", PartitionMethod::kKMeans}};
+  constexpr std::pair<const char*, GateMode> kGates[] = {{"softmax", GateMode::kSoftmax},
+                                                         {"hard", GateMode::kHard}};
+  ConvertSpec spec;
+  spec.partition.method = parse_name("--partition", options.partition, kPartitions);
+  spec.partition.num_experts =
+      static_cast<std::int32_t>(parse_count("--experts", options.experts, 8));
+  spec.partition.seed = options.common.seed;
+  spec.experts_per_token = options.active;
+  spec.gate = parse_name("--gate", options.gate, kGates);
+  constexpr std::pair<const char*, ScalePolicy> kScales[] = {{"fitted", ScalePolicy::kFitted},
+                                                             {"experts", ScalePolicy::kExperts},
+                                                             {"active", ScalePolicy::kActive}};
+  spec.scale = parse_name("--scale", options.scale, kScales);
+  spec.threads = options.common.threads;
+  return spec;
+}
+
+BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden) {
+  BudgetSpec spec;
+  spec.active_share = options.active_share;
+  const std::int64_t experts =
+      parse_count("--experts", options.experts, hidden / spec.expert_width);
+  check_divides(experts, hidden);
+  spec.expert_width = hidden / experts;
+  if (options.shared != "auto")
+    spec.shared_share = static_cast<double>(parse_count("--shared", options.shared, 0)) /
+                        (options.active_share * static_cast<double>(experts));
+  if (spec.shared_share > 1.0)
+    throw InvalidArgument(fmt::format(
+        "--shared: {} of {} experts are more than the active share of {}; give {} or fewer",
+        options.shared, experts, options.active_share,
+        std::floor(options.active_share * static_cast<double>(experts))));
+  constexpr std::pair<const char*, bool> kSwitch[] = {{"on", true}, {"off", false}};
+  spec.refit = parse_name("--refit", options.refit, kSwitch);
+  spec.refit_spec.penalty = options.penalty;
+  spec.correction = options.correction;
+  spec.partition = parse_partition(options.partition);
+  parse_router(options.router, spec);
+  spec.seed = options.common.seed;
+  spec.threads = options.common.threads;
+  return spec;
+}
+
+Json settings_json(const ConvertOptions& options) {
+  Json settings = {{"command", "convert"}};
+  if (options.active_share > 0.0)
+    settings.update({{"active_share", options.active_share},
+                     {"experts", options.experts},
+                     {"shared", options.shared},
+                     {"partition", options.partition == "auto" ? "captured" : options.partition},
+                     {"router", options.router},
+                     {"refit", options.refit},
+                     {"penalty", options.penalty},
+                     {"correction", options.correction}});
+  else
+    settings.update({{"experts", parse_count("--experts", options.experts, 8)},
+                     {"active", options.active},
+                     {"partition", options.partition == "auto" ? "kmeans" : options.partition},
+                     {"gate", options.gate}});
+  settings.update({{"calibration_files", options.calibration.size()},
+                   {"context", options.context},
+                   {"calibration_tokens", options.calibration_tokens},
+                   {"dtype", options.dtype},
+                   {"seed", options.common.seed}});
+  return settings;
+}
+
+TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options) {
+  const Tokenizer tokenizer = Tokenizer::from_checkpoint(source);
+  if (options.active_share == 0.0)
+    return load_windows(tokenizer, options.calibration, options.context,
+                        options.calibration_tokens);
+  const auto files = static_cast<std::int64_t>(options.calibration.size());
+  TokenWindows all;
+  all.context = options.context;
+  for (std::int64_t i = 0; i < files; ++i) {
+    const std::int64_t windows = options.calibration_tokens / options.context;
+    const std::int64_t share = (windows * (i + 1)) / files - (windows * i) / files;
+    if (options.calibration_tokens > 0 && share == 0)
+      throw InvalidArgument(fmt::format(
+          "--calibration-tokens: {} are fewer than one window of {} for each of {} files",
+          options.calibration_tokens, options.context, files));
+    TokenWindows part = load_windows(tokenizer, {options.calibration[static_cast<std::size_t>(i)]},
+                                     options.context, share * options.context);
+    part.tokens.resize(static_cast<std::size_t>(part.count() * part.context));
+    all.tokens.insert(all.tokens.end(), part.tokens.begin(), part.tokens.end());
+  }
+  return all;
+}
+
+void check_combination(const ConvertOptions& options, const CLI::App& command) {
+  const auto given = [&](const char* name) { return command.count(name) > 0; };
+  if (options.active_share == 0.0) {
+    for (const char* name : {"--shared", "--refit", "--router", "--penalty", "--correction"})
+      if (given(name))
+        throw InvalidArgument(fmt::format(
+            "{} belongs to a conversion to a budget; give --active-share as well", name));
+    return;
+  }
+  for (const char* name : {"--active", "--gate", "--scale"})
+    if (given(name))
+      throw InvalidArgument(fmt::format(
+          "{} and --active-share exclude each other: a budget decides it by itself", name));
+  if (options.calibration.empty())
+    throw InvalidArgument("--active-share needs a text to learn from; give --calibration FILE");
+}
+
+void check_report(const ConvertOptions& options, const CLI::App& command,
+                  const Checkpoint& source) {
+  if (baseline_set(options.baselines) == BaselineSet::kNone) {
+    for (const char* name : {"--report", "--text"})
+      if (command.count(name) > 0)
+        throw InvalidArgument(fmt::format(
+            "{} belongs to the report beside the model; give --baselines quick or all as well",
+            name));
+    return;
+  }
+  if (options.text.empty())
+    throw InvalidArgument(
+        "--baselines: the report is measured on text that the conversion has not seen; give "
+        "--text FILE, or --baselines none");
+  if (options.calibration.empty())
+    throw InvalidArgument(
+        "--baselines: they are fitted on text; give --calibration FILE, or --baselines none");
+  const std::int64_t hidden = source.config().intermediate_size;
+  if (options.active_share > 0.0 && !is_routed(make_budget(options, hidden), hidden))
+    throw InvalidArgument(
+        "--baselines: a report is about experts, and all that run here are shared; give a smaller "
+        "--shared, or --baselines none");
+}
+
+}  // namespace cleave::cli

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cli/cli.h"
+
+namespace cleave::cli {
+
+struct ConvertOptions {
+  CommonOptions common;
+  std::string model, out;
+  std::string experts = "auto";
+  std::string shared = "auto";
+  std::int64_t active = 4;
+  double active_share = 0.0;  // 0: experts and active say what runs
+  std::string partition = "auto";
+  std::string router = "trained";
+  std::string refit = "on";
+  double correction = BudgetSpec{}.correction;
+  double penalty = RefitSpec{}.penalty;
+  std::string gate = "softmax";
+  std::string scale = "fitted";
+  std::vector<std::string> calibration;
+  std::int64_t calibration_tokens = 0;  // 0: as the mode likes it
+  std::int64_t context = 0;
+  std::string dtype = "auto";
+  std::string baselines = "none";
+  std::string report;             // directory; empty: OUT/report
+  std::vector<std::string> text;  // held-out, of the report
+  bool overwrite = false;
+};
+
+/// Refuses options that do not go together, before any work.
+void check_combination(const ConvertOptions& options, const CLI::App& command);
+/// What the report at the end needs is asked for before the work begins.
+void check_report(const ConvertOptions& options, const CLI::App& command, const Checkpoint& source);
+
+/// A conversion as FactorLLM does. @throws InvalidArgument  an unknown name
+ConvertSpec make_spec(const ConvertOptions& options);
+/// A conversion to a budget. @param hidden  H of the model
+BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden);
+/// What cleave.json records.
+Json settings_json(const ConvertOptions& options);
+
+/// The calibration text. For a budget equal parts of every file, so that a long one does not push
+/// out the others.
+TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options);
+
+}  // namespace cleave::cli
