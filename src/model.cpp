@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <iterator>
+#include <system_error>
 #include <utility>
 
 #include "attention.h"
+#include "cleave/export.h"
 #include "decoder_weights.h"
 #include "fail.h"
 #include "kernels/dispatch.h"
@@ -48,7 +51,7 @@ struct ForwardRoom {
   MatrixView<float> cosine, sine;  // [T, head_dim / 2] of each token's position
 };
 
-float checked_threshold(const Checkpoint& checkpoint, float threshold) {
+void check_threshold(const Checkpoint& checkpoint, float threshold) {
   if (!(threshold >= 0.0f && threshold <= 1.0f))
     fail_argument(
         "Model::load: router threshold {}; expected a share of the largest gate "
@@ -58,7 +61,6 @@ float checked_threshold(const Checkpoint& checkpoint, float threshold) {
     fail_argument(
         "{}: has no experts, so a router threshold of {} makes no sense; convert it first",
         checkpoint.path().string(), threshold);
-  return threshold;
 }
 
 }  // namespace
@@ -80,9 +82,13 @@ struct Model::Impl {
         pool(spec.threads),
         rope(config.rope, config.head_dim),
         type(spec.weights),
-        router_threshold(checked_threshold(checkpoint, spec.router_threshold)),
         loaded(
-            load_decoder(checkpoint, spec.weights, spec.cache, spec.notice, pool.parallel_for())) {}
+            load_decoder(checkpoint, spec.weights, spec.cache, spec.notice, pool.parallel_for())),
+        thresholds(static_cast<std::size_t>(config.num_layers), spec.router_threshold),
+        replaced(static_cast<std::size_t>(config.num_layers), 0) {
+    std::error_code ignored;
+    if (std::filesystem::is_directory(checkpoint.path(), ignored)) directory = checkpoint.path();
+  }
 
   std::int64_t query_width() const { return config.num_heads * config.head_dim; }
   std::int64_t kv_width() const { return config.num_kv_heads * config.head_dim; }
@@ -107,7 +113,12 @@ struct Model::Impl {
   void attend(const LayerWeights& w, const ForwardRoom& room, std::int64_t position,
               const KvLayout& layout, float* cache);
   /// y += the layer's experts, shared ones included, on `normed`; `routing` tells which.
-  void run_experts(const PackedMoe& moe, MatrixView<const float> normed, MatrixView<float> y);
+  void run_experts(const PackedMoe& moe, float threshold, MatrixView<const float> normed,
+                   MatrixView<float> y);
+  /// Hard gates are written as a softmax of nearly equal logits (kHardGateEpsilon): 1 / K each, and
+  /// K times `down`. With another number of experts in use that holds no longer; so they become
+  /// what they were.
+  void restore_hard_gates();
   /// Rotates and scales q in place; rotates k and moves k and v into the cache.
   void rotate_and_store(const ForwardRoom& room, std::int64_t position, const KvLayout& layout,
                         float* cache);
@@ -122,9 +133,11 @@ struct Model::Impl {
   ThreadPool pool;
   Rope rope;
   WeightType type;
-  float router_threshold;
   LoadedDecoder loaded;
   DecoderWeights& weights = loaded.weights;
+  std::vector<float> thresholds;     // [L], RouteSpec::threshold
+  std::vector<char> replaced;        // [L], by set_moe()
+  std::filesystem::path directory;   // empty: not loaded from one
   Workspace workspace;               // of the op that runs
   Workspace forward_memory;          // of a ForwardRoom
   std::vector<float> router_logits;  // [T, E] of the layer that ran last
@@ -165,16 +178,15 @@ void Model::Impl::attend(const LayerWeights& w, const ForwardRoom& room, std::in
          pool.parallel_for());
 }
 
-void Model::Impl::run_experts(const PackedMoe& moe, MatrixView<const float> normed,
+void Model::Impl::run_experts(const PackedMoe& moe, float threshold, MatrixView<const float> normed,
                               MatrixView<float> y) {
   const std::int64_t E = moe.experts.num_experts();
   router_logits.resize(static_cast<std::size_t>(normed.rows * E));
   const MatrixView<float> logits(router_logits.data(), normed.rows, E);
   linear(moe.router, normed, {}, logits, /*add=*/false, workspace, pool.parallel_for());
-  route(
-      logits,
-      {.experts_per_token = moe.experts_per_token, .mode = moe.gate, .threshold = router_threshold},
-      routing);
+  route(logits,
+        {.experts_per_token = moe.experts_per_token, .mode = moe.gate, .threshold = threshold},
+        routing);
   moe_ffn(moe.experts, routing, moe.scale, normed, y, workspace, pool.parallel_for());
   if (moe.shared.num_experts() > 0)
     cleave::dense_ffn(moe.shared, normed, y, workspace, pool.parallel_for());
@@ -189,7 +201,11 @@ Model& Model::operator=(Model&&) noexcept = default;
 Model::~Model() = default;
 
 Model Model::load(const Checkpoint& checkpoint, const ModelSpec& spec) {
-  return Model(std::make_unique<Impl>(checkpoint, spec));
+  check_threshold(checkpoint, spec.router_threshold);
+  Model model(std::make_unique<Impl>(checkpoint, spec));
+  if (spec.router_threshold > 0.0f) model.impl_->restore_hard_gates();
+  if (spec.experts_per_token != 0) model.set_active_experts(spec.experts_per_token);
+  return model;
 }
 
 const ModelConfig& Model::config() const { return impl_->config; }
@@ -284,7 +300,7 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
     } else if (const auto* dense = std::get_if<PackedExperts>(&w.ffn)) {
       cleave::dense_ffn(*dense, normed, branch, impl_->workspace, parallel());
     } else {
-      impl_->run_experts(std::get<PackedMoe>(w.ffn), normed, branch);
+      impl_->run_experts(std::get<PackedMoe>(w.ffn), impl_->thresholds[l], normed, branch);
       if (hooks.routing) hooks.routing(l, impl_->routing);
     }
     impl_->add(branch, x);
@@ -357,6 +373,44 @@ std::int64_t Model::weight_bytes() const {
   return bytes;
 }
 
+void Model::Impl::restore_hard_gates() {
+  if (directory.empty()) return;
+  const auto provenance = read_provenance(directory);
+  directory.clear();  // once
+  if (!provenance || provenance->gate != GateMode::kHard ||
+      provenance->experts_per_token != config.experts_per_token)
+    return;
+  for (std::size_t l = 0; l < weights.layers.size(); ++l) {
+    auto* moe = std::get_if<PackedMoe>(&weights.layers[l].ffn);
+    if (moe == nullptr || replaced[l] != 0) continue;
+    moe->gate = GateMode::kHard;
+    moe->scale /= static_cast<float>(moe->experts_per_token);
+  }
+}
+
+void Model::set_active_experts(std::int64_t experts_per_token) {
+  const std::int64_t E = impl_->config.num_experts;
+  if (!impl_->config.is_moe())
+    fail_argument("Model::set_active_experts: the model has no experts; convert it first");
+  if (experts_per_token < 1 || experts_per_token > E)
+    fail_argument("Model::set_active_experts: K = {}; must be in [1, E = {}]", experts_per_token,
+                  E);
+  impl_->restore_hard_gates();
+  impl_->config.experts_per_token = experts_per_token;
+  for (LayerWeights& layer : impl_->weights.layers)
+    if (auto* moe = std::get_if<PackedMoe>(&layer.ffn))
+      moe->experts_per_token = std::min(experts_per_token, moe->experts.num_experts());
+}
+
+void Model::set_router_threshold(std::int64_t layer, float threshold) {
+  if (num_experts(layer) == 0)
+    fail_argument("Model::set_router_threshold: layer {} has no experts", layer);
+  if (!(threshold >= 0.0f && threshold <= 1.0f))
+    fail_argument("Model::set_router_threshold: {}; must be in [0, 1]", threshold);
+  impl_->restore_hard_gates();
+  impl_->thresholds[layer] = threshold;
+}
+
 void Model::set_moe(std::int64_t layer, const MoeLayer& moe) {
   impl_->layer("Model::set_moe", layer);
   if (moe.experts.d_model != impl_->config.hidden_size)
@@ -364,6 +418,7 @@ void Model::set_moe(std::int64_t layer, const MoeLayer& moe) {
                   moe.experts.d_model, impl_->config.hidden_size);
   check_shared("Model::set_moe", moe);
   impl_->weights.layers[layer].ffn = pack(moe, impl_->type, parallel());
+  impl_->replaced[layer] = 1;
 }
 
 }  // namespace cleave

@@ -24,6 +24,7 @@
 #include "cleave/model.h"
 #include "cleave/moe_layer.h"
 #include "cleave/packed.h"
+#include "cleave/threshold.h"
 // 5 the whole way, and writing
 #include "cleave/baselines.h"
 #include "cleave/convert.h"

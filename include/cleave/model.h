@@ -35,6 +35,8 @@ std::filesystem::path default_cache_file(const Checkpoint& checkpoint, WeightTyp
 struct ModelSpec {
   int threads = 0;                        ///< 0: as many as the machine has cores
   WeightType weights = WeightType::kF32;  ///< how they are kept in memory
+  /// K of all layers with experts, as set_active_experts() sets it; 0: the checkpoint's.
+  std::int64_t experts_per_token = 0;
   /// Experts are used only where they reach this share of the token's largest gate probability;
   /// RouteSpec::threshold of all layers. 0: always K.
   float router_threshold = 0.0f;
@@ -86,7 +88,8 @@ struct ForwardHooks {
 class Model {
  public:
   /// @throws FileError  a tensor is missing, has the wrong shape or holds NaN
-  /// @throws InvalidArgument  a router threshold outside [0, 1], or one for a model without experts
+  /// @throws InvalidArgument  a router threshold outside [0, 1], a K outside [1, E], or one of them
+  ///                          for a model without experts
   static Model load(const Checkpoint& checkpoint, const ModelSpec& spec = {});
   Model(Model&&) noexcept;
   Model& operator=(Model&&) noexcept;
@@ -132,6 +135,15 @@ class Model {
   std::int64_t num_experts(std::int64_t layer) const;
   /// Bytes of the packed weights: what generating one token reads, but for inactive experts.
   std::int64_t weight_bytes() const;
+  /// The run-time knob of quality against speed: K experts per token in all layers from now on,
+  /// whatever the model was made for; config() says so. Where cleave.json tells that the gates were
+  /// hard when the model was written, chosen experts go on to weigh 1 each; else the weights of the
+  /// K sum to 1, as stock classes have it.
+  /// @throws InvalidArgument  K outside [1, E], or a model without experts
+  void set_active_experts(std::int64_t experts_per_token);
+  /// RouteSpec::threshold of one layer; see calibrate_thresholds(). Hard gates as above.
+  /// @throws InvalidArgument  outside [0, 1], or the layer is dense
+  void set_router_threshold(std::int64_t layer, float threshold);
   /// Replaces a layer's FFN.
   /// @throws InvalidArgument  D disagrees, or `moe.shared` is not one slice without a down_bias
   void set_moe(std::int64_t layer, const MoeLayer& moe);

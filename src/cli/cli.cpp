@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <iostream>
 
@@ -134,6 +136,16 @@ void add_model_options(CLI::App& command, ModelOptions& options) {
                   "Use only experts with at least this share of the largest gate probability; 0: "
                   "always K")
       ->capture_default_str();
+  CLI::Option* active =
+      command
+          .add_option("--active", options.active,
+                      "Experts that run per token, whatever the model was made for; 0: its own K")
+          ->check(CLI::NonNegativeNumber);
+  command
+      .add_option("--active-share", options.active_share,
+                  "The same as a share of the FFN's neurons, shared ones included; the nearest K")
+      ->check(CLI::Range(1e-6, 1.0))
+      ->excludes(active);
 }
 
 namespace {
@@ -162,10 +174,27 @@ CacheSpec resolve_cache(const std::string& cache, const Checkpoint& checkpoint, 
 
 }  // namespace
 
+namespace {
+
+/// K of --active or --active-share; 0: neither was given.
+std::int64_t resolve_active(const ModelOptions& options, const ModelConfig& config) {
+  if (options.active_share <= 0.0) return options.active;
+  if (!config.is_moe())
+    throw InvalidArgument("--active-share: the model has no experts; convert it first");
+  const auto width = static_cast<double>(config.intermediate_size);
+  const auto shared = static_cast<double>(config.shared_intermediate_size);
+  const double neurons = shared + width * static_cast<double>(config.num_experts);
+  return std::clamp<std::int64_t>(std::llround((options.active_share * neurons - shared) / width),
+                                  1, config.num_experts);
+}
+
+}  // namespace
+
 ModelSpec model_spec(const ModelOptions& options, const CommonOptions& common,
                      const Checkpoint& checkpoint) {
   ModelSpec spec{.threads = common.threads,
                  .weights = resolve_weights(options.weights, checkpoint),
+                 .experts_per_token = resolve_active(options, checkpoint.config()),
                  .router_threshold = options.router_threshold};
   spec.cache = resolve_cache(options.cache, checkpoint, spec.weights);
   if (!common.quiet)

@@ -81,8 +81,10 @@ struct ModelOptions {
   std::string weights = "auto";
   std::string cache = "auto";
   float router_threshold = 0.0f;
+  std::int64_t active = 0;    // K; 0: the model's
+  double active_share = 0.0;  // the K nearest to this share of the neurons; 0: not given
 };
-/// Adds --weights, --cache and --router-threshold.
+/// Adds --weights, --cache, --router-threshold, --active and --active-share.
 void add_model_options(CLI::App& command, ModelOptions& options);
 /// What they ask for. Weights "auto": the type that the FFN is stored in; f16 where that is
 /// quantised. Notices of the loading go to stderr, but for --quiet.

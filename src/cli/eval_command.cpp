@@ -15,7 +15,11 @@ struct EvalOptions {
   std::string against;
   std::int64_t context = 1024;
   std::int64_t limit_tokens = 0;
+  double average_active = 0.0;  // 0: no calibrated thresholds
+  std::vector<std::string> calibration;
 };
+
+constexpr std::int64_t kThresholdTokens = 4096;  // that thresholds are calibrated on
 
 /// Share of the dense FFN's multiply-adds that ran per token, shared slice and router included; 1
 /// for a dense model.
@@ -80,7 +84,9 @@ Json to_json(const EvalOptions& options, const Model& model, const EvalResult& r
   json["router_macs_per_token"] = cost.router_macs_per_token;
   json["active_share"] = active_share(model.config(), result);
   if (model.config().is_moe()) {
+    json["experts_per_token"] = model.config().experts_per_token;
     json["router_threshold"] = options.loading.router_threshold;
+    if (options.average_active > 0.0) json["average_active"] = options.average_active;
     json["active_experts"] = result.active_experts;
   }
   json["expert_load"] = load_json(result);
@@ -135,7 +141,32 @@ std::unique_ptr<Model> load_reference(const EvalOptions& options, WeightType wei
       Model::load(checkpoint, model_spec(loading, options.common, checkpoint)));
 }
 
+void check_thresholds(const EvalOptions& options) {
+  if (options.average_active == 0.0) {
+    if (!options.calibration.empty())
+      throw InvalidArgument(
+          "--calibration: the thresholds of --average-active are fitted on it; give that as well");
+    return;
+  }
+  if (options.calibration.empty())
+    throw InvalidArgument(
+        "--average-active: thresholds are fitted on a text; give --calibration FILE");
+  if (options.loading.router_threshold > 0.0f)
+    throw InvalidArgument("--average-active and --router-threshold exclude each other");
+}
+
+/// A threshold for each layer, so that tokens use so many experts on average, and up to all.
+void set_average(const EvalOptions& options, const Tokenizer& tokenizer, Model& model) {
+  if (options.average_active == 0.0) return;
+  const bool chosen = options.loading.active > 0 || options.loading.active_share > 0.0;
+  if (!chosen) model.set_active_experts(model.config().num_experts);
+  const TokenWindows text = load_windows(tokenizer, options.calibration, options.context,
+                                         std::max(kThresholdTokens, options.context));
+  calibrate_thresholds(model, text, options.average_active);
+}
+
 void run_eval(const EvalOptions& options) {
+  check_thresholds(options);
   const Checkpoint checkpoint = Checkpoint::open(options.model);
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(checkpoint);
   const TokenWindows text =
@@ -146,6 +177,7 @@ void run_eval(const EvalOptions& options) {
       fmt::format("{}: {} windows of {} tokens", options.model, text.count(), options.context));
   const ModelSpec spec = model_spec(options.loading, options.common, checkpoint);
   Model model = Model::load(checkpoint, spec);
+  set_average(options, tokenizer, model);
   std::unique_ptr<Model> dense;
   if (!options.against.empty()) dense = load_reference(options, spec.weights);
 
@@ -174,6 +206,13 @@ void add_eval_command(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
   add_model_options(*command, options->loading);
+  command
+      ->add_option("--average-active", options->average_active,
+                   "Experts per token on average: easy tokens use fewer, hard ones up to --active "
+                   "(all if not given), by a threshold for each layer; needs --calibration")
+      ->check(CLI::PositiveNumber);
+  command->add_option("--calibration", options->calibration,
+                      "Text file(s) that the thresholds are fitted on (4096 tokens)");
   add_common_options(*command, options->common);
   command->callback([options] { run_eval(*options); });
 }

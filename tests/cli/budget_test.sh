@@ -31,6 +31,19 @@ says out.txt '"verdict"'
 says out/report/report.md 'FLAP'
 sed -n '/"calibration": {/,/}/p' out.txt | grep -q '"tokens": 1024' || fail "the baselines learned from another text"
 expect 0 $cleave run out --prompt Once --max-tokens 4
+evaluate="$cleave eval out --text short.txt --context 256 --quiet --json"
+expect 0 $evaluate --active 12
+says out.txt '"active_experts": 12.0'
+expect 0 $evaluate --active-share 0.625
+says out.txt '"active_experts": 12.0'
+expect 0 $evaluate --average-active 8 --calibration short.txt
+says out.txt '"active_experts": \(7\.[6-9]\|8\.[0-3]\)'
+expect 2 $evaluate --active 25
+says err.txt 'must be in \[1, E = 24\]'
+expect 2 $evaluate --average-active 8
+says err.txt 'give --calibration'
+expect 2 $evaluate --calibration short.txt
+says err.txt 'give that as well'
 
 expect 0 $convert --active-share 0.5 --shared 16 --quiet
 says out/config.json 'LlamaForCausalLM'
