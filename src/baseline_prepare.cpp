@@ -11,10 +11,10 @@
 #include "cleave/baselines.h"
 #include "cleave/calibrate.h"
 #include "cleave/fit_router.h"
-#include "cmoe_split.h"
 #include "fail.h"
 #include "kernels/product.h"
 #include "kmeans.h"
+#include "partition_cmoe.h"
 #include "support/random.h"
 #include "window_stream.h"
 
@@ -99,9 +99,13 @@ void split_rest(const FfnView& ffn, const LayerMoments& moments, std::uint64_t s
                              {.clusters = static_cast<std::int32_t>(key.num_experts), .seed = seed})
                  .cluster_of_row;
   } else if (key.split == BaselineSplit::kCmoe) {
-    CmoeSplit split = cmoe_split(moments.columns, rest, key.num_experts);
-    expert = std::move(split.expert);
-    partition.representatives = std::move(split.representatives);
+    RoutedSpec spec{.num_experts = static_cast<std::int32_t>(key.num_experts), .iterations = 1};
+    for (std::size_t j = 0; j < partition.expert_of_neuron.size(); ++j)
+      if (partition.expert_of_neuron[j] == BaselineLayer::kShared)
+        spec.shared.push_back(static_cast<std::int32_t>(j));
+    CmoePartition split = cmoe_clusters(moments.columns, spec);
+    for (std::int64_t i = 0; i < n; ++i) expert[i] = split.partition.expert_of_neuron[rest[i]];
+    partition.representatives = std::move(split.representative);
   }
   for (std::int64_t i = 0; i < n; ++i) partition.expert_of_neuron[order[i]] = expert[i];
 }
@@ -282,7 +286,8 @@ class LayerFit {
       // All tokens: a mask that does not know the attention sink at position 0 drops the neurons
       // that make it (KL of a static mask of SmolLM2-135M at half the budget 1.69 instead of 1.61).
       moments_.add(h, model_.parallel());
-      if (w * stream_.context() < column_tokens) add_activations(h, moments_.columns);
+      if (w * stream_.context() < column_tokens)
+        add_activations(h, {}, std::min(kCmoeTopNeurons, h.cols), moments_.columns);
       std::fill(output.begin(), output.end(), 0.0f);
       linear_add(h, ffn_.view().down, ffn_.down_bias, y, model_.parallel());
       stream_.add(w, y);

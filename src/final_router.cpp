@@ -4,13 +4,13 @@
 #include <cmath>
 
 #include "capture.h"
+#include "partition_cmoe.h"
 #include "train_router.h"
 
 namespace cleave {
 namespace {
 
 constexpr std::int64_t kDefaultRank = 32;
-constexpr std::int64_t kRepresentativeTop = 10;  // CMoE's Ka
 
 LinearRouter make_router(const LayerTokens& tokens, const CaptureSpec& spec,
                          const NeuronPartition& partition, MatrixView<const float> energy,
@@ -29,7 +29,7 @@ LinearRouter make_router(const LayerTokens& tokens, const CaptureSpec& spec,
     case RouterMethod::kRepresentative:
       return representative_router(
           tokens.ffn, representative_neurons({HiddenSample(tokens).view().hidden}, partition,
-                                             std::min(kRepresentativeTop, tokens.hidden.cols)));
+                                             std::min(kCmoeTopNeurons, tokens.hidden.cols)));
     case RouterMethod::kRidge:
       break;
   }

@@ -7,6 +7,7 @@
 #include "capture.h"
 #include "cleave/calibrate.h"
 #include "fail.h"
+#include "partition_cmoe.h"
 #include "support/buffer.h"
 
 namespace cleave {
@@ -23,15 +24,13 @@ constexpr std::pair<BudgetPartition, const char*> kBudgetPartitions[] = {
     {BudgetPartition::kContiguous, "contiguous"},
     {BudgetPartition::kRandom, "random"}};
 
-constexpr std::int64_t kTopNeurons = 10;  // Ka, that a token activates
-
 /// [H, H], how often two neurons are both among the most active of a token.
 std::vector<float> coactivation_of(const LayerTokens& tokens, const ParallelFor& parallel) {
   const std::int64_t H = tokens.hidden.cols;
   NeuronStats stats({.num_layers = 1,
                      .hidden = H,
                      .d_model = tokens.input.cols,
-                     .top = std::min(kTopNeurons, H),
+                     .top = std::min(kCmoeTopNeurons, H),
                      .input_moment = false,
                      .coactivation = true});
   stats.observe(0, tokens.hidden, tokens.input, {}, parallel);
@@ -140,7 +139,7 @@ NeuronPartition fixed_partition(const LayerTokens& tokens, const CaptureSpec& sp
       return partition_cmoe({HiddenSample(tokens).view().hidden},
                             {.num_experts = routed.num_experts,
                              .shared_neurons = spec.shared,
-                             .top = std::min(kTopNeurons, tokens.hidden.cols)})
+                             .top = std::min(kCmoeTopNeurons, tokens.hidden.cols)})
           .partition;
     case BudgetPartition::kExpertWeaver:
       return expert_weaver(tokens, spec, parallel);

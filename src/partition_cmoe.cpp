@@ -1,10 +1,10 @@
 // CMoE's partitioner, arXiv:2502.04416.
+#include "partition_cmoe.h"
 
 #include <algorithm>
-#include <cmath>
+#include <utility>
 
 #include "assignment.h"
-#include "cleave/partition.h"
 #include "fail.h"
 #include "neuron_stats.h"
 #include "partition_routed.h"
@@ -12,37 +12,20 @@
 namespace cleave {
 namespace {
 
-/// For each neuron the tokens that activate it: its 0/1 column.
-std::vector<std::vector<std::int32_t>> active_tokens(const NeuronSample& sample, std::int64_t top) {
-  const std::int64_t H = sample.hidden.cols;
-  std::vector<std::vector<std::int32_t>> tokens(static_cast<std::size_t>(H));
-  std::vector<std::int32_t> ids(static_cast<std::size_t>(top));
-  std::vector<float> scaled(static_cast<std::size_t>(H));
-  for (std::int64_t t = 0; t < sample.hidden.rows; ++t) {
-    const float* row = sample.hidden.row(t);
-    if (!sample.down_norm.empty()) {
-      for (std::int64_t j = 0; j < H; ++j) scaled[j] = row[j] * sample.down_norm[j];
-      row = scaled.data();
-    }
-    largest_magnitudes(row, H, top, ids.data());
-    for (const std::int32_t j : ids)
-      if (row[j] != 0.0f) tokens[j].push_back(static_cast<std::int32_t>(t));
-  }
-  return tokens;
-}
-
 class CmoeClusters {
  public:
-  CmoeClusters(const std::vector<std::vector<std::int32_t>>& columns, const RoutedNeurons& routed,
-               std::int64_t tokens)
-      : columns_(columns), routed_(routed), E_(routed.num_experts) {
-    means_.assign(static_cast<std::size_t>(tokens * E_), 0.0f);
+  CmoeClusters(const ActivationColumns& columns, const RoutedNeurons& routed)
+      : columns_(columns.tokens), routed_(routed), E_(routed.num_experts) {
+    means_.assign(static_cast<std::size_t>(columns.num_tokens * E_), 0.0f);
   }
 
-  /// Centroids that are the columns of single neurons.
-  void start_at(const std::vector<std::int32_t>& neurons) {
+  /// The columns of the E most active neurons.
+  void start() {
+    std::vector<float> rate;
+    for (const std::int32_t j : routed_.ids) rate.push_back(static_cast<float>(columns_[j].size()));
+    const auto most = highest_neurons(rate, E_);
     for (std::int64_t e = 0; e < E_; ++e)
-      for (const std::int32_t t : columns_[neurons[e]]) means_[t * E_ + e] = 1.0f;
+      for (const std::int32_t t : columns_[routed_.ids[most[e]]]) means_[t * E_ + e] = 1.0f;
   }
 
   std::vector<std::int32_t> assign() {
@@ -83,8 +66,8 @@ class CmoeClusters {
 };
 
 /// Of each expert's neurons the one whose column is nearest (L1) to their mean.
-std::vector<std::int32_t> nearest_to_means(const std::vector<std::vector<std::int32_t>>& columns,
-                                           std::int64_t tokens, const NeuronPartition& partition) {
+std::vector<std::int32_t> nearest_to_means(const ActivationColumns& columns,
+                                           const NeuronPartition& partition) {
   const auto E = static_cast<std::size_t>(partition.num_experts);
   std::vector<std::vector<std::int32_t>> members(E);
   for (std::size_t j = 0; j < partition.expert_of_neuron.size(); ++j) {
@@ -96,15 +79,15 @@ std::vector<std::int32_t> nearest_to_means(const std::vector<std::vector<std::in
   for (std::size_t e = 0; e < E; ++e) {
     if (members[e].empty())
       fail_argument("representative_neurons: expert {} of {} has no neuron", e, E);
-    mean.assign(static_cast<std::size_t>(tokens), 0.0);
+    mean.assign(static_cast<std::size_t>(columns.num_tokens), 0.0);
     for (const std::int32_t j : members[e])
-      for (const std::int32_t t : columns[j])
+      for (const std::int32_t t : columns.tokens[j])
         mean[t] += 1.0 / static_cast<double>(members[e].size());
     double shortest = 0.0;
     nearest.push_back(-1);
     for (const std::int32_t j : members[e]) {
       double distance = 0.0;  // but for the sum over the mean, which is the same for all members
-      for (const std::int32_t t : columns[j]) distance += 1.0 - 2.0 * mean[t];
+      for (const std::int32_t t : columns.tokens[j]) distance += 1.0 - 2.0 * mean[t];
       if (nearest.back() >= 0 && distance >= shortest) continue;
       nearest.back() = j;
       shortest = distance;
@@ -114,6 +97,41 @@ std::vector<std::int32_t> nearest_to_means(const std::vector<std::vector<std::in
 }
 
 }  // namespace
+
+void add_activations(MatrixView<const float> h, std::span<const float> down_norm, std::int64_t top,
+                     ActivationColumns& columns) {
+  const std::int64_t H = h.cols;
+  columns.tokens.resize(static_cast<std::size_t>(H));
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(top));
+  std::vector<float> scaled(static_cast<std::size_t>(H));
+  for (std::int64_t t = 0; t < h.rows; ++t) {
+    const float* row = h.row(t);
+    if (!down_norm.empty()) {
+      for (std::int64_t j = 0; j < H; ++j) scaled[j] = row[j] * down_norm[j];
+      row = scaled.data();
+    }
+    largest_magnitudes(row, H, top, ids.data());
+    const auto token = static_cast<std::int32_t>(columns.num_tokens++);
+    for (const std::int32_t j : ids)
+      if (row[j] != 0.0f) columns.tokens[j].push_back(token);
+  }
+}
+
+CmoePartition cmoe_clusters(const ActivationColumns& columns, const RoutedSpec& spec) {
+  const RoutedNeurons routed(static_cast<std::int64_t>(columns.tokens.size()), spec);
+  CmoeClusters clusters(columns, routed);
+  clusters.start();
+  std::vector<std::int32_t> expert_of;
+  for (std::int32_t round = 0; round < spec.iterations; ++round) {
+    auto next = clusters.assign();
+    if (next == expert_of) break;
+    expert_of = std::move(next);
+    clusters.update(expert_of);
+  }
+  CmoePartition result{routed.partition(expert_of), {}};
+  result.representative = nearest_to_means(columns, result.partition);
+  return result;
+}
 
 std::vector<std::int32_t> representative_neurons(const NeuronSample& sample,
                                                  const NeuronPartition& partition,
@@ -130,7 +148,9 @@ std::vector<std::int32_t> representative_neurons(const NeuronSample& sample,
     if (partition.expert_of_neuron[j] >= partition.num_experts)
       fail_argument("representative_neurons: neuron {} is in expert {} of E = {}", j,
                     partition.expert_of_neuron[j], partition.num_experts);
-  return nearest_to_means(active_tokens(sample, top), sample.hidden.rows, partition);
+  ActivationColumns columns;
+  add_activations(sample.hidden, sample.down_norm, top, columns);
+  return nearest_to_means(columns, partition);
 }
 
 CmoePartition partition_cmoe(const NeuronSample& sample, const CmoeSpec& spec) {
@@ -140,31 +160,18 @@ CmoePartition partition_cmoe(const NeuronSample& sample, const CmoeSpec& spec) {
     fail_argument("partition_cmoe: Ka = {} neurons a token; must be in [1, H = {}]", spec.top, H);
   if (spec.shared_neurons < 0 || spec.shared_neurons > H)
     fail_argument("partition_cmoe: {} shared neurons of H = {}", spec.shared_neurons, H);
-  const auto columns = active_tokens(sample, spec.top);
+  ActivationColumns columns;
+  add_activations(sample.hidden, sample.down_norm, spec.top, columns);
   std::vector<float> rate;
-  for (const auto& tokens : columns) rate.push_back(static_cast<float>(tokens.size()));
-  const auto order = highest_neurons(rate, H);
-  if (rate[order[0]] == 0.0f)
+  for (const auto& tokens : columns.tokens) rate.push_back(static_cast<float>(tokens.size()));
+  const auto shared = highest_neurons(rate, spec.shared_neurons);
+  if (*std::max_element(rate.begin(), rate.end()) == 0.0f)
     fail_argument("partition_cmoe: all {} neurons are 0 at all {} tokens; does the layer run?", H,
                   sample.hidden.rows);
-  const auto first_routed = order.begin() + spec.shared_neurons;
-  const RoutedSpec routed_spec{.num_experts = spec.num_experts,
-                               .shared = {order.begin(), first_routed},
-                               .width_multiple = spec.width_multiple,
-                               .iterations = spec.iterations};
-  const RoutedNeurons routed(H, routed_spec);
-  CmoeClusters clusters(columns, routed, sample.hidden.rows);
-  clusters.start_at({first_routed, first_routed + spec.num_experts});
-  std::vector<std::int32_t> expert_of;
-  for (std::int32_t round = 0; round < spec.iterations; ++round) {
-    auto next = clusters.assign();
-    if (next == expert_of) break;
-    expert_of = std::move(next);
-    clusters.update(expert_of);
-  }
-  CmoePartition result{routed.partition(expert_of), {}};
-  result.representative = nearest_to_means(columns, sample.hidden.rows, result.partition);
-  return result;
+  return cmoe_clusters(columns, {.num_experts = spec.num_experts,
+                                 .shared = shared,
+                                 .width_multiple = spec.width_multiple,
+                                 .iterations = spec.iterations});
 }
 
 }  // namespace cleave

@@ -15,7 +15,7 @@
 #include "cleave/error.h"
 #include "cleave/factorize.h"
 #include "cleave/tokenizer.h"
-#include "cmoe_split.h"
+#include "partition_cmoe.h"
 #include "support/paths.h"
 #include "support/random_llama.h"
 
@@ -284,27 +284,26 @@ TEST_F(Baselines, BudgetsAreWhatTheRowsSay) {
   }
 }
 
-TEST(CmoeSplit, FindsPlantedGroupsAndEqualCapacities) {
+TEST(CmoeClusters, FindsPlantedGroupsAndEqualCapacities) {
   // Three groups of four neurons, each active on its own tokens; one of each is active more often.
   ActivationColumns columns{60, std::vector<std::vector<std::int32_t>>(12)};
-  std::vector<std::int32_t> neurons(12);
-  std::iota(neurons.begin(), neurons.end(), 0);
   for (std::int32_t j = 0; j < 12; ++j)
     for (std::int32_t t = 0; t < 20 - (j / 3); ++t) columns.tokens[j].push_back(j % 3 * 20 + t);
-  const CmoeSplit split = cmoe_split(columns, neurons, 3);
-  for (std::int32_t j = 3; j < 12; ++j) EXPECT_EQ(split.expert[j], split.expert[j % 3]);
-  EXPECT_NE(split.expert[0], split.expert[1]);
-  EXPECT_NE(split.expert[1], split.expert[2]);
+  const CmoePartition split = cmoe_clusters(columns, {.num_experts = 3, .iterations = 1});
+  const std::vector<std::int32_t>& expert = split.partition.expert_of_neuron;
+  for (std::int32_t j = 3; j < 12; ++j) EXPECT_EQ(expert[j], expert[j % 3]);
+  EXPECT_NE(expert[0], expert[1]);
+  EXPECT_NE(expert[1], expert[2]);
   for (std::int32_t e = 0; e < 3; ++e) {
-    EXPECT_EQ(std::count(split.expert.begin(), split.expert.end(), e), 4);
-    EXPECT_EQ(split.expert[split.representatives[e]], e);
+    EXPECT_EQ(std::count(expert.begin(), expert.end(), e), 4);
+    EXPECT_EQ(expert[split.representative[e]], e);
   }
 }
 
-TEST(CmoeSplit, CountsTheTenLargest) {
+TEST(CmoeClusters, CountTheTenLargest) {
   ActivationColumns columns;
   auto values = testing::random_values(7 * 40, 5, 1.0);
-  add_activations({values.data(), 7, 40}, columns);
+  add_activations({values.data(), 7, 40}, {}, kCmoeTopNeurons, columns);
   EXPECT_EQ(columns.num_tokens, 7);
   for (std::int32_t t = 0; t < 7; ++t) {
     int marked = 0;
@@ -321,24 +320,6 @@ TEST(CmoeSplit, CountsTheTenLargest) {
     }
     EXPECT_EQ(marked, 10);
     EXPECT_GE(least, most_other);
-  }
-}
-
-TEST(AssignEvenly, IsTheBestForTwoColumns) {
-  for (unsigned seed = 0; seed < 20; ++seed) {
-    const auto cost = testing::random_values(8 * 2, seed, 1.0);
-    const auto column = assign_evenly({cost.data(), 8, 2});
-    const auto total = [&](auto&& chosen) {
-      double sum = 0.0;
-      for (int i = 0; i < 8; ++i) sum += cost[i * 2 + chosen(i)];
-      return sum;
-    };
-    double best = 1e30;
-    for (unsigned mask = 0; mask < 256; ++mask)
-      if (__builtin_popcount(mask) == 4)
-        best = std::min(best, total([&](int i) { return mask >> i & 1; }));
-    EXPECT_EQ(std::count(column.begin(), column.end(), 0), 4);
-    EXPECT_NEAR(total([&](int i) { return column[i]; }), best, 1e-5) << seed;
   }
 }
 
