@@ -1,4 +1,7 @@
 #include <fmt/format.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <functional>
 #include <optional>
@@ -166,7 +169,17 @@ Json quality_json(const std::optional<train::HeldOutQuality>& quality) {
   return json;
 }
 
+/// A step makes and drops hundreds of buffers of a few megabytes. Left to itself glibc hands each
+/// back to the kernel, which clears its pages anew the next time: a tenth of the time of a step.
+void keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);  // the largest value it takes
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
+}
+
 void run_train(const TrainOptions& options) {
+  keep_freed_memory();
   parse_dtype(options.dtype);
   check_output(options.out, options.overwrite);
 
