@@ -28,12 +28,12 @@ at::Tensor flat_down(const at::Tensor& down) {
 
 /// h [T, E * I] *= mask [T, E].
 void apply_mask(at::Tensor& h, const at::Tensor& mask) {
-  h.view({mask.size(0), mask.size(1), -1}).mul_(mask.unsqueeze(2));
+  h.view({mask.size(0), mask.size(1), h.size(1) / mask.size(1)}).mul_(mask.unsqueeze(2));
 }
 
 /// [T, E * I] -> [T, E].
 at::Tensor sum_of_experts(const at::Tensor& values, std::int64_t num_experts) {
-  return values.view({values.size(0), num_experts, -1}).sum(2);
+  return values.view({values.size(0), num_experts, values.size(1) / num_experts}).sum(2);
 }
 
 class MaskedExperts : public torch::autograd::Function<MaskedExperts> {

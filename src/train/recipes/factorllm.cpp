@@ -294,17 +294,19 @@ Transformer dense_teacher(Transformer student) {
   require(provenance.has_value(),
           "dense_teacher: the student has no cleave.json, so how its experts were cut is unknown; "
           "pass the dense checkpoint as teacher");
-  require(provenance->router != "trained",
-          "dense_teacher: the student was trained already, so its experts are no longer the dense "
-          "FFN; pass the dense checkpoint as teacher");
   const auto settings = nlohmann::json::parse(provenance->spec_json, nullptr, false);
+  const bool refitted =
+      settings.is_object() && settings.contains("refit") && settings["refit"] == "on";
   require(
-      !settings.is_object() || settings.value("refit", "") != "on",
+      !refitted,
       "dense_teacher: the conversion has refitted the experts' `down`, so together they are not "
       "the dense FFN; pass the dense checkpoint as teacher");
   for (const MoeFfn& moe : student->moe_layers())
     require(moe->shared.is_empty(),
             "dense_teacher: the student has a shared slice; pass the dense checkpoint as teacher");
+  require(provenance->router != "trained",
+          "dense_teacher: the student was trained already, so its experts are no longer the dense "
+          "FFN; pass the dense checkpoint as teacher");
   auto dense = std::make_shared<TransformerImpl>(*student);
   for (std::size_t l = 0; l < dense->layers().size(); ++l) {
     DecoderLayer& layer = dense->layers()[l];
