@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cstring>
 #include <utility>
 
@@ -10,9 +11,6 @@
 
 namespace cleave::train {
 namespace {
-
-/// Weights of an MoE layer carry this in their name; they are watched through the recipe instead.
-constexpr const char* kMoeInfix = ".block_sparse_moe.";
 
 std::uint64_t mix(std::uint64_t state, std::uint64_t word) {
   state = (state ^ word) * 0x9E3779B97F4A7C15ULL;
@@ -42,13 +40,14 @@ std::uint64_t fingerprint(const at::Tensor& tensor) {
 
 FreezeAudit::FreezeAudit(TransformerImpl& model, const Recipe& recipe, const Phase& phase)
     : phase_(phase.name) {
-  for (const auto& tensor : model.named_tensors()) {
-    if (tensor.name.find(kMoeInfix) != std::string::npos) continue;
-    watch(tensor.name, [load = tensor.load] {
-      const std::vector<float> values = load();
-      return fingerprint_bytes(values.data(), values.size() * sizeof(float));
-    });
-  }
+  const auto in_recipe = [&recipe](const at::Tensor& tensor) {
+    return std::any_of(
+        recipe.parameters.begin(), recipe.parameters.end(),
+        [&](const Parameter& parameter) { return parameter.tensor.is_same(tensor); });
+  };
+  for (const auto& weight : model.named_parameters())
+    if (!in_recipe(weight.value()))
+      watch(weight.key(), [tensor = weight.value()] { return fingerprint(tensor); });
   for (const auto& parameter : recipe.parameters)
     if (!phase.trains(parameter))
       watch(parameter.name, [tensor = parameter.tensor] { return fingerprint(tensor); });

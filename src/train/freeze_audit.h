@@ -22,8 +22,8 @@ std::uint64_t fingerprint(const at::Tensor& tensor);
 /// Fingerprints of everything that must not change, taken now and compared later.
 class FreezeAudit {
  public:
-  /// Watches all weights outside the MoE layers, the recipe's parameters that `phase` does not
-  /// train, and the reference's FFNs.
+  /// Watches all weights that are none of the recipe's parameters, those parameters that `phase`
+  /// does not train, and the reference's FFNs.
   FreezeAudit(TransformerImpl& model, const Recipe& recipe, const Phase& phase);
   /// @throws Error  names the tensors that changed and the phase
   void verify() const;

@@ -5,7 +5,9 @@
 #include <tuple>
 #include <utility>
 
+#include "train/masked_hidden.h"
 #include "train/require.h"
+#include "train/soft_border.h"
 #include "train/sparse_experts.h"
 #include "train/tensor_activation.h"
 #include "train/tensor_text.h"
@@ -67,13 +69,19 @@ at::Tensor DenseFfnImpl::forward(const at::Tensor& x) {
   return at::linear(h, down, biases.down);
 }
 
+Execution choose_execution(std::int64_t expert_width) {
+  constexpr std::int64_t kWideEnoughAlone = 128;
+  return expert_width < kWideEnoughAlone ? Execution::kMaskedHidden : Execution::kSparse;
+}
+
 MoeFfnImpl::MoeFfnImpl(Spec spec_in, at::Tensor w_gate_in, at::Tensor w_up_in, at::Tensor w_down_in,
-                       at::Tensor w_router_in)
+                       at::Tensor w_router_in, DenseFfn shared_in)
     : spec(spec_in),
       w_gate(std::move(w_gate_in)),
       w_up(std::move(w_up_in)),
       w_down(std::move(w_down_in)),
-      w_router(std::move(w_router_in)) {
+      w_router(std::move(w_router_in)),
+      shared(std::move(shared_in)) {
   require(w_up.defined() && w_up.dim() == 3 && w_up.size(0) == spec.num_experts,
           "MoeFfn: w_up is {}; expected [E, I, D] with E = {}", shape_text(w_up), spec.num_experts);
   const std::int64_t num_experts = spec.num_experts, width = w_up.size(1), d = w_up.size(2);
@@ -88,11 +96,18 @@ MoeFfnImpl::MoeFfnImpl(Spec spec_in, at::Tensor w_gate_in, at::Tensor w_up_in, a
   adopt(*this, "w_up", w_up);
   adopt(*this, "w_down", w_down);
   adopt(*this, "w_router", w_router);
+  if (shared.is_empty()) return;
+  require(shared->up.size(1) == d && shared->activation == spec.activation,
+          "MoeFfn: the shared slice has D = {} and activation {}, the experts {} and {}",
+          shared->up.size(1), activation_name(shared->activation), d,
+          activation_name(spec.activation));
+  register_module("shared", shared);
 }
 
 void MoeFfnImpl::route(const at::Tensor& x) {
   const std::int64_t k = spec.experts_per_token;
   last_.input = x.detach();
+  last_.energy = at::Tensor();
   last_.logits = at::linear(x, w_router);
   // A stable sort, as topk leaves the order of equal logits open; ties go to the lower id.
   last_.ids = std::get<1>(last_.logits.detach().sort(/*stable=*/true, /*dim=*/1,
@@ -113,20 +128,48 @@ void MoeFfnImpl::route(const at::Tensor& x) {
   last_.weights = weights.to(x.scalar_type());
 }
 
-at::Tensor MoeFfnImpl::forward(const at::Tensor& x) {
-  require_tokens("MoeFfn", x, w_up.size(2));
-  route(x);
+at::Tensor MoeFfnImpl::mask() const {
+  const at::Tensor chosen =
+      at::zeros(last_.logits.sizes(), last_.weights.options().requires_grad(false))
+          .scatter(1, last_.ids, last_.weights);
+  if (spec.gate.border_temperature <= 0.0) return chosen;
+  const auto type = last_.logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor p =
+      soft_choice(last_.logits.to(type), spec.experts_per_token, spec.gate.border_temperature)
+          .to(chosen.scalar_type());
+  return (p - p.detach()) + chosen;  // in this order: exactly 0 or 1
+}
+
+at::Tensor MoeFfnImpl::routed(const at::Tensor& x) {
+  const ExpertTensors experts{w_gate, w_up, w_down, spec.activation};
+  if (spec.execution == Execution::kMaskedHidden) {
+    const at::Tensor factors = spec.scale == 1.0 ? mask() : mask() * spec.scale;
+    MaskedHidden out = masked_hidden(x, factors, experts, spec.record_energy);
+    last_.energy = std::move(out.energy);
+    return std::move(out.y);
+  }
+  require(spec.gate.border_temperature <= 0.0 && !spec.record_energy,
+          "MoeFfn: a border temperature and recorded energies need Execution::kMaskedHidden");
   const PairsByExpert pairs = group_pairs(last_.ids, spec.num_experts);
   const at::Tensor weights = spec.scale == 1.0 ? last_.weights : last_.weights * spec.scale;
-  return sparse_experts(x, weights, pairs, {w_gate, w_up, w_down, spec.activation});
+  return sparse_experts(x, weights, pairs, experts);
+}
+
+at::Tensor MoeFfnImpl::forward(const at::Tensor& x) {
+  require_tokens("MoeFfn", x, w_up.size(2));
+  require(spec.gate.border_temperature <= 0.0 ||
+              (spec.gate.mode == GateMode::kHard && !spec.gate.straight_through),
+          "MoeFfn: border_temperature is for hard gates, and excludes straight_through");
+  route(x);
+  const at::Tensor y = routed(x);
+  return shared.is_empty() ? y : y + shared->forward(x);
 }
 
 at::Tensor MoeFfnImpl::forward_masked(const at::Tensor& x) {
   require_tokens("MoeFfn", x, w_up.size(2));
   route(x);
-  const at::Tensor mask = at::zeros({x.size(0), spec.num_experts}, last_.weights.options())
-                              .scatter(1, last_.ids, last_.weights);
-  return spec.scale * (mask.unsqueeze(2) * all_outputs(x)).sum(1);
+  const at::Tensor y = spec.scale * (mask().unsqueeze(2) * all_outputs(x)).sum(1);
+  return shared.is_empty() ? y : y + shared->forward(x);
 }
 
 at::Tensor MoeFfnImpl::expert_outputs(const at::Tensor& x) {

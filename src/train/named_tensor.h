@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -18,6 +19,19 @@ inline NamedTensor named(std::string name, const at::Tensor& tensor, double fact
                 (tensor.detach().to(at::kCPU, at::kFloat) * factor).contiguous();
             const float* data = values.const_data_ptr<float>();
             return std::vector<float>(data, data + values.numel());
+          }};
+}
+
+/// Two tensors side by side along `axis`, as one.
+inline NamedTensor named_pair(std::string name, const at::Tensor& first, const at::Tensor& second,
+                              std::int64_t axis) {
+  std::vector<std::int64_t> shape = first.sizes().vec();
+  shape[static_cast<std::size_t>(axis)] += second.size(axis);
+  return {std::move(name), std::move(shape), [first, second, axis] {
+            const at::Tensor both =
+                at::cat({first.detach(), second.detach()}, axis).to(at::kCPU, at::kFloat);
+            const float* data = both.const_data_ptr<float>();
+            return std::vector<float>(data, data + both.numel());
           }};
 }
 

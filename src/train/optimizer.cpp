@@ -1,6 +1,7 @@
 #include "cleave/train/optimizer.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <fmt/format.h>
 
@@ -55,6 +56,36 @@ void AdamW::zero_grad() {
   for (auto& slot : slots_) slot.parameter.mutable_grad() = at::Tensor();
 }
 
+/// The formulas on a piece at a time: eight passes over memory would take as long as the pass that
+/// made the gradient of a small batch.
+void AdamW::update(Slot& slot, const at::Tensor& grad, double learning_rate) const {
+  constexpr std::int64_t kPiece = std::int64_t{1} << 14;  // elements; four tensors stay in cache
+  const double decay = slot.decay ? 1.0 - learning_rate * spec_.weight_decay : 1.0;
+  const double root = std::sqrt(1.0 - std::pow(spec_.beta2, static_cast<double>(slot.steps)));
+  const double rate =
+      learning_rate / (1.0 - std::pow(spec_.beta1, static_cast<double>(slot.steps)));
+  const at::Tensor all_master = slot.master.view(-1), all_first = slot.first.view(-1),
+                   all_second = slot.second.view(-1), all_grad = grad.view(-1);
+  const std::int64_t count = all_master.numel();
+  const std::int64_t piece = all_master.is_cpu() ? kPiece : std::max<std::int64_t>(1, count);
+  const auto update_piece = [&](std::int64_t begin) {
+    const at::NoGradGuard no_grad;  // of this thread
+    const std::int64_t size = std::min(piece, count - begin);
+    at::Tensor master = all_master.narrow(0, begin, size);
+    at::Tensor first = all_first.narrow(0, begin, size);
+    at::Tensor second = all_second.narrow(0, begin, size);
+    const at::Tensor g = all_grad.narrow(0, begin, size);
+    if (slot.decay) master.mul_(decay);
+    first.mul_(spec_.beta1).add_(g, 1.0 - spec_.beta1);
+    second.mul_(spec_.beta2).addcmul_(g, g, 1.0 - spec_.beta2);
+    const at::Tensor denominator = second.sqrt().div_(root).add_(spec_.epsilon);
+    master.addcdiv_(first, denominator, -rate);
+  };
+  at::parallel_for(0, (count + piece - 1) / piece, 1, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t i = begin; i < end; ++i) update_piece(i * piece);
+  });
+}
+
 void AdamW::step(double learning_rate) {
   const at::NoGradGuard no_grad;
   for (auto& slot : slots_) {
@@ -65,14 +96,7 @@ void AdamW::step(double learning_rate) {
       slot.second = at::zeros_like(grad);
     }
     ++slot.steps;
-    if (slot.decay) slot.master.mul_(1.0 - learning_rate * spec_.weight_decay);
-    slot.first.mul_(spec_.beta1).add_(grad, 1.0 - spec_.beta1);
-    slot.second.mul_(spec_.beta2).addcmul_(grad, grad, 1.0 - spec_.beta2);
-    const double correction1 = 1.0 - std::pow(spec_.beta1, static_cast<double>(slot.steps));
-    const double correction2 = 1.0 - std::pow(spec_.beta2, static_cast<double>(slot.steps));
-    const at::Tensor denominator =
-        slot.second.sqrt().div_(std::sqrt(correction2)).add_(spec_.epsilon);
-    slot.master.addcdiv_(slot.first, denominator, -learning_rate / correction1);
+    update(slot, grad.contiguous(), learning_rate);
     if (!slot.master.is_same(slot.parameter)) slot.parameter.copy_(slot.master);
   }
 }

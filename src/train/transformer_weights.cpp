@@ -106,27 +106,55 @@ std::vector<Folding> foldings(const std::optional<Provenance>& provenance, std::
   return all;
 }
 
-MoeFfn load_moe(const Loader& load, const ModelConfig& config, const Folding& folding,
-                std::int64_t index) {
-  const std::int64_t d = config.hidden_size, width = config.intermediate_size,
-                     num_experts = config.num_experts;
+MoeFfnImpl::Spec moe_spec(const ModelConfig& config, const Folding& folding) {
   MoeFfnImpl::Spec spec;
-  spec.num_experts = num_experts;
+  spec.num_experts = config.num_experts;
   spec.experts_per_token = config.experts_per_token;
   spec.gate.mode = folding.gate;
   spec.activation = config.activation;
+  spec.execution = choose_execution(config.intermediate_size);
   // Stored weights meet gate weights that sum to 1; hard ones sum to K.
   spec.scale = folding.gate == GateMode::kHard
                    ? folding.scale / static_cast<double>(config.experts_per_token)
                    : folding.scale;
+  return spec;
+}
+
+MoeFfn load_moe(const Loader& load, const ModelConfig& config, const Folding& folding,
+                std::int64_t index) {
+  const std::int64_t d = config.hidden_size, width = config.intermediate_size,
+                     num_experts = config.num_experts;
   const auto gate = [&](std::int64_t e) { return MixtralNames::gate(index, e); };
   const auto up = [&](std::int64_t e) { return MixtralNames::up(index, e); };
   const auto down = [&](std::int64_t e) { return MixtralNames::down(index, e); };
   const at::Tensor router = load.read_float(MixtralNames::router(index), {num_experts, d});
-  return MoeFfn(spec, load.stack(num_experts, width, d, 1.0, gate),
+  return MoeFfn(moe_spec(config, folding), load.stack(num_experts, width, d, 1.0, gate),
                 load.stack(num_experts, width, d, 1.0, up),
                 load.stack(num_experts, d, width, folding.scale, down),
                 load.place(router / folding.epsilon));
+}
+
+/// Granite's: one tensor each way, gate rows before up rows, and a slice whose weight is 1.
+MoeFfn load_fused_moe(const Loader& load, const ModelConfig& config, const Folding& folding,
+                      std::int64_t index) {
+  const std::int64_t d = config.hidden_size, width = config.intermediate_size,
+                     num_experts = config.num_experts, slice = config.shared_intermediate_size;
+  const auto half = [](const at::Tensor& input, std::int64_t axis, std::int64_t which) {
+    const std::int64_t rows = input.size(axis) / 2;
+    return input.narrow(axis, which * rows, rows).clone(at::MemoryFormat::Contiguous);
+  };
+  DenseFfn shared(nullptr);
+  if (slice > 0) {
+    const at::Tensor input = load(GraniteMoeNames::shared_input(index), {2 * slice, d});
+    shared = DenseFfn(half(input, 0, 0), half(input, 0, 1),
+                      load(GraniteMoeNames::shared_output(index), {d, slice}), config.activation);
+  }
+  const at::Tensor input = load(GraniteMoeNames::input(index), {num_experts, 2 * width, d});
+  const at::Tensor output =
+      load.read_float(GraniteMoeNames::output(index), {num_experts, d, width});
+  const at::Tensor router = load.read_float(GraniteMoeNames::router(index), {num_experts, d});
+  return MoeFfn(moe_spec(config, folding), half(input, 1, 0), half(input, 1, 1),
+                load.place(output / folding.scale), load.place(router / folding.epsilon), shared);
 }
 
 void add_if_defined(std::vector<NamedTensor>& all, std::string name, const at::Tensor& tensor) {
@@ -157,12 +185,22 @@ void add_dense(std::vector<NamedTensor>& all, const DenseFfnImpl& ffn, std::int6
   add_if_defined(all, mlp + "down_proj.bias", ffn.biases.down);
 }
 
-void add_moe(std::vector<NamedTensor>& all, const MoeFfnImpl& moe, std::int64_t index) {
+void add_moe(std::vector<NamedTensor>& all, const MoeFfnImpl& moe, bool fused, std::int64_t index) {
   // From the gate as it is now: training may have changed it since the model was read.
   const bool hard = moe.spec.gate.mode == GateMode::kHard;
   const auto k = static_cast<double>(moe.spec.experts_per_token);
   const double folded = hard ? moe.spec.scale * k : moe.spec.scale;
   const double epsilon = hard ? kHardGateEpsilon : 1.0;
+  if (fused) {
+    all.push_back(named(GraniteMoeNames::router(index), moe.w_router, epsilon));
+    all.push_back(named_pair(GraniteMoeNames::input(index), moe.w_gate, moe.w_up, 1));
+    all.push_back(named(GraniteMoeNames::output(index), moe.w_down, folded));
+    if (moe.shared.is_empty()) return;
+    const DenseFfnImpl& shared = *moe.shared;
+    all.push_back(named_pair(GraniteMoeNames::shared_input(index), shared.gate, shared.up, 0));
+    all.push_back(named(GraniteMoeNames::shared_output(index), shared.down));
+    return;
+  }
   all.push_back(named(MixtralNames::router(index), moe.w_router, epsilon));
   for (std::int64_t e = 0; e < moe.spec.num_experts; ++e) {
     all.push_back(named(MixtralNames::gate(index, e), moe.w_gate.select(0, e)));
@@ -177,10 +215,6 @@ std::shared_ptr<TransformerImpl> TransformerImpl::load(const Checkpoint& checkpo
                                                        at::ScalarType dtype, at::Device device) {
   require(at::isFloatingType(dtype), "Transformer: dtype is {}; expected a floating-point type",
           c10::toString(dtype));
-  require(!has_fused_experts(checkpoint.config().family),
-          "{}: is of the family {}, which cannot be tuned yet; convert the dense model without "
-          "shared experts, which gives a Mixtral",
-          checkpoint.path().string(), family_name(checkpoint.config().family));
   const Loader load{checkpoint, dtype, device};
   std::shared_ptr<TransformerImpl> model(new TransformerImpl());
   model->config_ = checkpoint.config();
@@ -199,7 +233,8 @@ std::shared_ptr<TransformerImpl> TransformerImpl::load(const Checkpoint& checkpo
     DecoderLayer layer;
     load_attention(load, config, l, layer);
     if (config.is_moe()) {
-      layer.moe = load_moe(load, config, folded[l], l);
+      layer.moe = has_fused_experts(config.family) ? load_fused_moe(load, config, folded[l], l)
+                                                   : load_moe(load, config, folded[l], l);
     } else {
       layer.dense = load_dense(load, config, l);
     }
@@ -238,7 +273,7 @@ std::vector<NamedTensor> TransformerImpl::named_tensors() const {
   std::vector<NamedTensor> all;
   all.push_back(named("model.embed_tokens.weight", embedding_));
   all.push_back(named("model.norm.weight", final_norm_));
-  // The Mixtral directory never ties; a dense model is written as it was read.
+  // The directories with experts never tie; a dense model is written as it was read.
   if (config_.is_moe() || !config_.tie_word_embeddings) {
     all.push_back(named("lm_head.weight", head_));
   }
@@ -246,7 +281,8 @@ std::vector<NamedTensor> TransformerImpl::named_tensors() const {
     const auto index = static_cast<std::int64_t>(l);
     add_attention(all, layers_[l], index);
     if (!layers_[l].dense.is_empty()) add_dense(all, *layers_[l].dense, index);
-    if (!layers_[l].moe.is_empty()) add_moe(all, *layers_[l].moe, index);
+    if (!layers_[l].moe.is_empty())
+      add_moe(all, *layers_[l].moe, has_fused_experts(config_.family), index);
   }
   return all;
 }

@@ -61,12 +61,22 @@ enum class BalanceKind {
 at::Tensor balance_loss(const at::Tensor& router_logits, const at::Tensor& ids, BalanceKind kind,
                         const at::Tensor& mask = {});
 
+/// Pulls a router towards the K experts of most energy, by what a wrong choice costs: minus the
+/// mean over tokens of sum_e (g_e - g_border) sigmoid((z_e - z_border) / (temperature * spread)),
+/// with g the token's energies as shares of their sum, and the borders halfway between its K-th and
+/// next share and logit. What train_router (cleave/fit_router.h) ascends, as a loss.
+///   router_logits [T, E]   gradient flows here
+///   energy        [T, E]   what a token wins by an expert, no gradient: MoeOutputs::energy
+/// @throws InvalidArgument  shapes, K outside [1, E], temperature not above 0
+at::Tensor router_supervision_loss(const at::Tensor& router_logits, const at::Tensor& energy,
+                                   std::int64_t k, double temperature);
+
 /// Mean negative log-likelihood of the next token, in nats.
 ///   logits [N, V]   targets int64 [N]; -100 marks positions that do not count
 at::Tensor language_model_loss(const at::Tensor& logits, const at::Tensor& targets);
 
 /// Mean over positions of KL(teacher || student) over the vocabulary, in nats. Both [N, V]; no
-/// gradient into the teacher.
+/// gradient into the teacher. Holds one more [N, V], of the student's type: its gradient.
 at::Tensor logit_kl(const at::Tensor& student_logits, const at::Tensor& teacher_logits);
 
 }  // namespace cleave::train

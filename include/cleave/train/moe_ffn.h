@@ -42,20 +42,38 @@ TORCH_MODULE(DenseFfn);
 struct GateSpec {
   GateMode mode = GateMode::kSoftmax;  ///< K = 1: the weight is 1 and the router has no gradient
   bool straight_through = false;  ///< kHard only: forward 0/1, backward the softmax probability
+  /// kHard only, instead of straight_through; 0: off. Forward 0/1, backward
+  /// sigmoid((z_e - border) / (this * spread of the logits)) for *all* experts, the border halfway
+  /// between the K-th and the next logit (constant to the gradient): an expert that was not chosen
+  /// learns as well whether it should have been. Runs with Execution::kMaskedHidden.
+  double border_temperature = 0.0;
 };
+
+/// How the experts of a layer run. The result is the same.
+enum class Execution {
+  kSparse,        ///< tokens gathered per expert: K / E of the multiply-adds, many small products
+  kMaskedHidden,  ///< all hidden values in few large products, masked: faster for fine experts
+};
+/// kMaskedHidden for experts narrower than 128 neurons: products of their size are mostly overhead.
+/// A rule of thumb, not a measured crossing point.
+Execution choose_execution(std::int64_t expert_width);
 
 /// What one forward pass of a layer leaves for the losses and the statistics.
 struct MoeOutputs {
   at::Tensor input;    ///< [T, D], detached: the layer's own input
   at::Tensor logits;   ///< [T, E], with gradient
   at::Tensor ids;      ///< int64 [T, K]
-  at::Tensor weights;  ///< [T, K], with gradient where the gate has one
+  at::Tensor weights;  ///< [T, K], with gradient where the gate has one; the border's (see
+                       ///< GateSpec) goes another way, through all E
+  at::Tensor energy;  ///< [T, E], no gradient: sum over an expert's neurons of h^2 |down_j|^2, what
+                      ///< it would add; undefined unless Spec::record_energy
 };
 
-/// Experts + router with gradients. Executes sparsely: tokens are gathered per expert, two or three
-/// GEMMs run, results are scattered back with their weights; experts without tokens are skipped.
-/// y = scale * sum_k w_k expert_{id_k}(x). Softmax weights sum to 1 (scale E makes an even choice
-/// of all experts the dense FFN); hard ones are 1 each (scale E / K).
+/// Experts + router with gradients, and a slice that always runs. y = scale * sum_k w_k
+/// expert_{id_k}(x) + shared(x). Softmax weights sum to 1 (scale E makes an even choice of all
+/// experts the dense FFN); hard ones are 1 each (scale E / K). Executed sparsely, tokens are
+/// gathered per expert, two or three GEMMs run, results are scattered back with their weights;
+/// experts without tokens are skipped.
 class MoeFfnImpl : public torch::nn::Module {
  public:
   struct Spec {
@@ -64,14 +82,18 @@ class MoeFfnImpl : public torch::nn::Module {
     GateSpec gate;
     double scale = 1.0;
     Activation activation = Activation::kSilu;
+    Execution execution = Execution::kSparse;
+    bool record_energy = false;  ///< fill MoeOutputs::energy; with kMaskedHidden
   };
   /// Stacked experts; takes the tensors over (no copy). A tensor that requires a gradient is
   /// trainable, any other is frozen: it gets no gradient buffer.
   ///   w_gate [E, I, D] (undefined: two-matrix FFN)   w_up [E, I, D]   w_down [E, D, I]   w_router
   ///   [E, D]
-  MoeFfnImpl(Spec spec, at::Tensor w_gate, at::Tensor w_up, at::Tensor w_down, at::Tensor w_router);
+  /// @param shared  the slice that always runs, [S * I] neurons; empty: none
+  MoeFfnImpl(Spec spec, at::Tensor w_gate, at::Tensor w_up, at::Tensor w_down, at::Tensor w_router,
+             DenseFfn shared = DenseFfn(nullptr));
 
-  /// x [T, D] -> [T, D]; also fills last(). T * K rows run through each GEMM.
+  /// x [T, D] -> [T, D]; also fills last(). Sparse: T * K rows run through each GEMM.
   at::Tensor forward(const at::Tensor& x);
   /// The definition: every expert on every token, masked. Same result and gradients, E / K times
   /// the work; for tests and for labels.
@@ -83,10 +105,15 @@ class MoeFfnImpl : public torch::nn::Module {
   const MoeOutputs& last() const { return last_; }
   Spec spec;
   at::Tensor w_gate, w_up, w_down, w_router;
+  DenseFfn shared{nullptr};
 
  private:
   /// Logits, ids and weights of x, into last_.
   void route(const at::Tensor& x);
+  /// What every expert's output is multiplied by, scale apart: [T, E], 0 for those not chosen; with
+  /// the gate's gradient.
+  at::Tensor mask() const;
+  at::Tensor routed(const at::Tensor& x);
   /// expert_outputs() with gradients.
   at::Tensor all_outputs(const at::Tensor& x) const;
   MoeOutputs last_;

@@ -65,6 +65,7 @@ class AdamW {
                std::span<const float> second, std::int64_t steps);
 
  private:
+  void update(Slot& slot, const at::Tensor& grad, double learning_rate) const;
   AdamWSpec spec_;
   std::vector<Slot> slots_;
 };

@@ -51,8 +51,9 @@ std::string to_json(const FactorLlmSpec& spec);
 /// The dense model a converted one was made from, put together again from the experts as loaded
 /// (laid side by side, the folded scale divided out: the order of neurons does not matter to the
 /// output). Shares everything but the FFNs with `student`; its FFN weights are copies.
-/// @throws InvalidArgument  the experts were trained already (cleave.json says so) or the student
-///                          carries no cleave.json: pass the dense checkpoint instead
+/// @throws InvalidArgument  the experts were trained or refitted already (cleave.json says so),
+///                          there is a shared slice, or the student carries no cleave.json: pass
+///                          the dense checkpoint instead
 Transformer dense_teacher(Transformer student);
 
 /// FactorLLM as a recipe (arXiv:2408.11855; docs/methods/factorllm.md has every deviation).
@@ -73,5 +74,48 @@ TrainResult train_factorllm(const Checkpoint& student, const Checkpoint* teacher
                             const TokenWindows& data, const TokenWindows* held_out,
                             const FactorLlmSpec& method, const TrainSpec& spec,
                             const TrainIo& io = {});
+
+/// Which weights a distillation trains. Embeddings and head never learn.
+struct DistillParts {
+  bool router = true;
+  bool experts = true;
+  bool shared = true;      ///< the slice that always runs, where there is one
+  bool norms = false;      ///< all of them, the final one too
+  bool attention = false;  ///< q, k, v and o, without their biases
+};
+/// "ffn" (router, experts and shared), or names of parts: "ffn,norms", "experts,router".
+/// @throws InvalidArgument  unknown word
+DistillParts parse_distill_parts(const std::string& text);
+/// The names of the parts that are on: "router", "experts", "shared", "norms", "attention".
+std::vector<std::string> part_names(const DistillParts& parts);
+
+/// Light tuning of a conversion: L = distill KL(teacher || student) + lm L_LM + router sum over
+/// layers L_router.
+struct DistillSpec {
+  std::int64_t steps = 200;
+  DistillParts parts = {};
+  double distill_weight = 1.0;  ///< KL to the dense model's logits
+  double lm_weight = 0.0;       ///< next-token loss
+  double router_weight = 0.1;   ///< router_supervision_loss, summed over layers
+  /// Hard gates: the losses on the logits reach the routers through GateSpec::border_temperature.
+  bool soft_border = true;
+  double temperature = 0.3;  ///< of the soft border, here and in the supervision
+};
+std::string to_json(const DistillSpec& spec);
+
+/// Distillation as a recipe (docs/methods/tuning.md). For conversions to a budget, whose experts
+/// are fine and whose gates are hard; others work as well.
+///
+/// @param student  its gates, execution and records are set as the spec needs them
+/// @param teacher  dense, same shapes; may be empty with distill_weight = 0
+/// @throws InvalidArgument  shapes differ, no loss, nothing to train, a negative weight
+Recipe distill(Transformer student, Transformer teacher, const DistillSpec& spec);
+
+/// On checkpoints: load, train, record. What `cleave train --recipe distill` calls.
+/// @param teacher  the dense checkpoint, or nullptr: dense_teacher(student), for conversions that
+///                 left the dense weights as they were
+TrainResult train_distill(const Checkpoint& student, const Checkpoint* teacher,
+                          const TokenWindows& data, const TokenWindows* held_out,
+                          const DistillSpec& method, const TrainSpec& spec, const TrainIo& io = {});
 
 }  // namespace cleave::train

@@ -34,7 +34,6 @@ class TransformerImpl : public torch::nn::Module {
   /// of the dense FFN again, and with gate = hard its router epsilon too, so that training sees the
   /// mask and not its approximation.
   /// @throws FileError  a tensor is missing or has the wrong shape
-  /// @throws InvalidArgument  a family with fused or shared experts (GraniteMoeShared)
   static std::shared_ptr<TransformerImpl> load(const Checkpoint& checkpoint,
                                                at::ScalarType dtype = at::kFloat,
                                                at::Device device = at::kCPU);
@@ -45,12 +44,14 @@ class TransformerImpl : public torch::nn::Module {
   const ModelConfig& config() const { return config_; }
   const std::optional<Provenance>& provenance() const { return provenance_; }
   std::vector<DecoderLayer>& layers() { return layers_; }
+  const at::Tensor& final_norm() const { return final_norm_; }  ///< [D]
   /// The layers that hold experts, in order; empty for a dense model.
   std::vector<MoeFfn> moe_layers() const;
 
-  /// Every weight under its HuggingFace name, as written by write_mixtral: gate scale folded into
-  /// down, hard gates' routers scaled by kHardGateEpsilon. Loads (copies to CPU float32) lazily,
-  /// one tensor at a time.
+  /// Every weight under its HuggingFace name, as written by write_mixtral or, for a model that was
+  /// read as GraniteMoeShared, by write_granite_moe_shared: gate scale folded into down, hard
+  /// gates' routers scaled by kHardGateEpsilon. Loads (copies to CPU float32) lazily, one tensor at
+  /// a time.
   std::vector<NamedTensor> named_tensors() const;
 
  private:

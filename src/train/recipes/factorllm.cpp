@@ -12,6 +12,7 @@
 
 #include "cleave/error.h"
 #include "cleave/train/recipes.h"
+#include "train/recipes/common.h"
 
 namespace cleave::train {
 namespace {
@@ -106,46 +107,6 @@ void check_spec(const FactorLlmSpec& spec) {
             fmt::format("factorllm: {} is {}, expected 0 or more", name, value));
   require(spec.pa_tokens >= 0,
           fmt::format("factorllm: pa_tokens is {}, expected 0 or more", spec.pa_tokens));
-}
-
-void check_teacher(const Transformer& student, const Transformer& teacher) {
-  const auto& mine = student->config();
-  const auto& other = teacher->config();
-  require(!other.is_moe() || teacher->moe_layers().empty(),
-          "factorllm: the teacher is a mixture of experts itself; pass the dense model");
-  require(mine.num_layers == other.num_layers && mine.hidden_size == other.hidden_size &&
-              mine.vocab_size == other.vocab_size,
-          fmt::format("factorllm: the teacher has L = {}, D = {}, V = {} but the student has {}, "
-                      "{}, {}; pass the dense model it was converted from",
-                      other.num_layers, other.hidden_size, other.vocab_size, mine.num_layers,
-                      mine.hidden_size, mine.vocab_size));
-}
-
-/// Next-token loss inside each window; the last position has nothing to predict.
-LossTerm language_model_term(double weight) {
-  return {"lm", weight, [](const StepOutputs& out, Metrics&) {
-            // -100 marks the last position: cheaper than copying the logits of all others.
-            at::Tensor targets = at::full_like(out.tokens, -100);
-            const std::int64_t positions = out.tokens.size(1) - 1;
-            targets.narrow(1, 0, positions).copy_(out.tokens.narrow(1, 1, positions));
-            return language_model_loss(out.logits.flatten(0, 1), targets.flatten());
-          }};
-}
-
-LossTerm distill_term(double weight, Transformer teacher) {
-  return {"distill", weight, [teacher](const StepOutputs& out, Metrics&) {
-            at::Tensor wanted;
-            {
-              const at::NoGradGuard no_grad;
-              wanted = Transformer(teacher)->forward(out.tokens);
-            }
-            // The positions that evaluation measures: all but the last of each window.
-            const std::int64_t positions = out.tokens.size(1) - 1;
-            const auto rows = [positions](const at::Tensor& logits) {
-              return logits.narrow(1, 0, positions).flatten(0, 1);
-            };
-            return logit_kl(rows(out.logits), rows(wanted));
-          }};
 }
 
 /// Which tokens get labels: all, or `wanted` evenly spread ones that move on with every step.
@@ -333,6 +294,16 @@ Transformer dense_teacher(Transformer student) {
   require(provenance.has_value(),
           "dense_teacher: the student has no cleave.json, so how its experts were cut is unknown; "
           "pass the dense checkpoint as teacher");
+  const auto settings = nlohmann::json::parse(provenance->spec_json, nullptr, false);
+  const bool refitted =
+      settings.is_object() && settings.contains("refit") && settings["refit"] == "on";
+  require(
+      !refitted,
+      "dense_teacher: the conversion has refitted the experts' `down`, so together they are not "
+      "the dense FFN; pass the dense checkpoint as teacher");
+  for (const MoeFfn& moe : student->moe_layers())
+    require(moe->shared.is_empty(),
+            "dense_teacher: the student has a shared slice; pass the dense checkpoint as teacher");
   require(provenance->router != "trained",
           "dense_teacher: the student was trained already, so its experts are no longer the dense "
           "FFN; pass the dense checkpoint as teacher");
@@ -355,11 +326,15 @@ Recipe factorllm(Transformer student, Transformer teacher, const FactorLlmSpec& 
   check_spec(spec);
   require(!student->moe_layers().empty(),
           "factorllm: the student has no experts; convert the dense model first");
+  for (const MoeFfn& moe : student->moe_layers())
+    require(moe->shared.is_empty(),
+            "factorllm: the student has a shared slice, which this method does not know; use the "
+            "recipe distill");
   const bool needs_teacher = spec.pa_weight > 0.0 || spec.distill_weight > 0.0;
   require(!needs_teacher || !teacher.is_empty(),
           "factorllm: the PA and distillation losses need a teacher; pass one or set their weights "
           "to 0");
-  if (!teacher.is_empty()) check_teacher(student, teacher);
+  if (!teacher.is_empty()) check_teacher("factorllm", student, teacher);
   for (auto& moe : student->moe_layers())
     set_gate(moe, spec.gate.value_or(moe->spec.gate.mode), spec.straight_through);
 
@@ -393,18 +368,7 @@ TrainResult train_factorllm(const Checkpoint& student, const Checkpoint* teacher
   }
   const Recipe recipe = factorllm(model, dense, method);
   TrainResult result = train(model, recipe, data, held_out, spec, io);
-  if (result.provenance) {
-    const MoeFfn first = result.model->moe_layers().front();
-    result.provenance->gate = first->spec.gate.mode;
-    result.provenance->router_epsilon =
-        first->spec.gate.mode == GateMode::kHard ? kHardGateEpsilon : 1.0;
-    result.provenance->router = "trained";
-    auto settings = nlohmann::ordered_json::parse(result.provenance->spec_json, nullptr, false);
-    if (!settings.is_object()) settings = nlohmann::ordered_json::object();
-    settings["factorllm"] = nlohmann::ordered_json::parse(to_json(method));
-    settings["train"] = nlohmann::ordered_json::parse(to_json(spec));
-    result.provenance->spec_json = settings.dump();
-  }
+  record_settings(result, "factorllm", to_json(method), spec);
   return result;
 }
 
