@@ -7,6 +7,7 @@
 #include "kernels/dispatch.h"
 #include "kernels/product.h"
 #include "support/buffer.h"
+#include "window_stream.h"
 
 namespace cleave {
 namespace {
@@ -54,65 +55,53 @@ std::vector<char> wanted_layers(std::span<const std::int64_t> layers, std::int64
   return wanted;
 }
 
-/// The windows of all texts, side by side, between two layers.
-class Stream {
+/// The windows of all texts between two layers, and what is observed of them.
+class Observation {
  public:
-  Stream(Model& model, std::span<const CalibrationText> texts) : model_(model), texts_(texts) {
-    std::int64_t tokens = 0, longest = 0;
-    for (const CalibrationText& text : texts) {
-      tokens += text.windows.count() * text.windows.context;
-      longest = std::max(longest, text.windows.context);
-    }
-    const std::int64_t D = model.config().hidden_size, H = model.config().intermediate_size;
-    x_ = Buffer(tokens * D);
-    normed_ = Buffer(longest * D);
-    hidden_ = Buffer(longest * H);
-    gate_ = Buffer(longest * H);
-    weights_.resize(static_cast<std::size_t>(longest));
-    cache_ = std::make_unique<KvCache>(model.config(), longest);
-    std::int64_t begin = 0;
+  Observation(Model& model, std::span<const CalibrationText> texts)
+      : model_(model), stream_(model, windows_of(texts)) {
+    const std::int64_t H = model.config().intermediate_size;
+    hidden_ = Buffer(stream_.context() * H);
+    gate_ = Buffer(stream_.context() * H);
     for (const CalibrationText& text : texts)
-      for (std::int64_t w = 0; w < text.windows.count(); ++w, begin += text.windows.context)
-        model.embed(text.windows.window(w), {x_.data() + begin * D, text.windows.context, D});
+      window_weight_.insert(window_weight_.end(), static_cast<std::size_t>(text.windows.count()),
+                            static_cast<float>(text.weight));
   }
 
   /// One layer for all windows; observed unless `stats` is nullptr.
   void run_layer(std::int64_t l, NeuronStats* stats) {
     const DenseFfn dense = model_.dense_ffn(l);
-    const std::int64_t D = dense.d_model;
-    std::int64_t begin = 0;
-    for (const CalibrationText& text : texts_) {
-      const std::int64_t T = text.windows.context;
-      for (std::int64_t w = 0; w < text.windows.count(); ++w, begin += T)
-        run_window(l, dense.view(), {x_.data() + begin * D, T, D}, text.weight, stats);
-    }
+    for (std::int64_t w = 0; w < stream_.num_windows(); ++w) run_window(l, dense.view(), w, stats);
   }
 
  private:
-  void run_window(std::int64_t l, const FfnView& ffn, MatrixView<float> x, double weight,
-                  NeuronStats* stats) {
-    const std::int64_t T = x.rows, H = ffn.up.rows;
-    const MatrixView<float> normed(normed_.data(), T, x.cols), hidden(hidden_.data(), T, H);
+  static std::vector<const TokenWindows*> windows_of(std::span<const CalibrationText> texts) {
+    std::vector<const TokenWindows*> windows;
+    for (const CalibrationText& text : texts) windows.push_back(&text.windows);
+    return windows;
+  }
+
+  void run_window(std::int64_t l, const FfnView& ffn, std::int64_t w, NeuronStats* stats) {
+    const MatrixView<const float> normed = stream_.attend(l, w);
+    const std::int64_t T = normed.rows, H = ffn.up.rows;
+    const MatrixView<float> hidden(hidden_.data(), T, H);
     const bool gated = !ffn.gate.empty();
     const MatrixView<float> gate =
         gated ? MatrixView<float>(gate_.data(), T, H) : MatrixView<float>();
-    model_.attend(l, *cache_, x, normed);
     hidden_activations(ffn, normed, hidden, gate, model_.parallel());
     if (stats != nullptr) {
-      const std::span<float> weights(weights_.data(), static_cast<std::size_t>(T));
-      std::fill(weights.begin(), weights.end(), static_cast<float>(weight));
+      std::vector<float> weights(static_cast<std::size_t>(T), window_weight_[w]);
       weights[0] = 0.0f;  // an attention sink: its size drowns all others
       stats->observe(l, hidden, normed, weights, model_.parallel());
       if (gated) stats->observe_gate(l, gate, weights);
     }
-    linear_add(hidden, ffn.down, ffn.down_bias, x, model_.parallel());
+    linear_add(hidden, ffn.down, ffn.down_bias, stream_.residual(w), model_.parallel());
   }
 
   Model& model_;
-  std::span<const CalibrationText> texts_;
-  Buffer x_, normed_, hidden_, gate_;
-  std::vector<float> weights_;
-  std::unique_ptr<KvCache> cache_;
+  WindowStream stream_;
+  Buffer hidden_, gate_;              // [context, H]
+  std::vector<float> window_weight_;  // [windows], of each token
 };
 
 }  // namespace
@@ -165,11 +154,11 @@ NeuronStats calibrate(Model& model, std::span<const CalibrationText> texts, Neur
   spec = complete(model, spec);
   const std::vector<char> wanted = wanted_layers(layers, spec.num_layers);
   NeuronStats stats(spec);
-  Stream stream(model, texts);
+  Observation observation(model, texts);
   for (std::int64_t l = 0; l < spec.num_layers; ++l) {
     // What comes after the last layer that is wanted is of no use.
     if (std::find(wanted.begin() + l, wanted.end(), 1) == wanted.end()) break;
-    stream.run_layer(l, wanted[l] != 0 ? &stats : nullptr);
+    observation.run_layer(l, wanted[l] != 0 ? &stats : nullptr);
     if (progress) progress(l + 1, spec.num_layers);
   }
   return stats;

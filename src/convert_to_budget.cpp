@@ -13,6 +13,7 @@
 #include "fail.h"
 #include "kernels/dispatch.h"
 #include "support/buffer.h"
+#include "window_stream.h"
 
 namespace cleave {
 namespace {
@@ -52,43 +53,6 @@ Shares divide(const ModelConfig& config, const BudgetSpec& spec) {
   shares.active = budget - shared;
   return shares;
 }
-
-/// The calibration text inside the model: all tokens after as many layers as have run.
-class Stream {
- public:
-  Stream(Model& model, const TokenWindows& windows)
-      : model_(model),
-        windows_(windows),
-        cache_(model.config(), windows.context),
-        tokens_(windows.count() * windows.context),
-        x_(tokens_ * model.config().hidden_size),
-        input_(tokens_ * model.config().hidden_size) {
-    for (std::int64_t w = 0; w < windows.count(); ++w)
-      model.embed(windows.window(w), window(x_, w));
-  }
-
-  /// The layer's attention; then x() is what its FFN adds to, and input() what it reads.
-  void attend(std::int64_t layer) {
-    for (std::int64_t w = 0; w < windows_.count(); ++w)
-      model_.attend(layer, cache_, window(x_, w), window(input_, w));
-  }
-  std::int64_t tokens() const { return tokens_; }
-  MatrixView<float> x() const { return {x_.data(), tokens_, model_.config().hidden_size}; }
-  MatrixView<const float> input() const {
-    return {input_.data(), tokens_, model_.config().hidden_size};
-  }
-
- private:
-  MatrixView<float> window(const Buffer& all, std::int64_t w) const {
-    const std::int64_t D = model_.config().hidden_size;
-    return {all.data() + w * windows_.context * D, windows_.context, D};
-  }
-  Model& model_;
-  const TokenWindows& windows_;
-  KvCache cache_;
-  std::int64_t tokens_;
-  Buffer x_, input_;
-};
 
 /// A dense FFN with the layout that the work on it wants.
 struct SplitSource {
@@ -210,6 +174,7 @@ class BudgetConversion {
         parallel_(model_.parallel()),
         windows_(windows),
         stream_(model_, windows),
+        input_(stream_.tokens() * source.config().hidden_size),
         hidden_(stream_.tokens() * source.config().intermediate_size),
         target_(stream_.tokens() * source.config().hidden_size) {
     if (spec.router_method == RouterMethod::kLowRank && spec.router_rank > shares_.experts)
@@ -240,13 +205,14 @@ class BudgetConversion {
     const SplitSource source(model_.dense_ffn(l));
     const std::int64_t T = stream_.tokens(), D = source.ffn.d_model, H = source.ffn.hidden;
     const MatrixView<float> hidden(hidden_.data(), T, H), target(target_.data(), T, D);
+    const MatrixView<float> input(input_.data(), T, D);
     if (dense_) advance_dense(source, l);
-    stream_.attend(l);
-    source.hidden_values(stream_.input(), hidden, parallel_);
+    stream_.attend(l, input);
+    source.hidden_values(input, hidden, parallel_);
     down_product(hidden, source.down_t, {}, target, parallel_);
     const std::vector<float> weight = token_weights(target, l);
-    const LayerTokens tokens{stream_.input(),   hidden,          weight, source.down_square,
-                             source.ffn.view(), windows_.context};
+    const LayerTokens tokens{input,           hidden, weight, source.down_square, source.ffn.view(),
+                             windows_.context};
     const Capture capture =
         shares_.active > 0
             ? capture_energy(tokens, capture_spec(static_cast<std::uint64_t>(l)), parallel_)
@@ -288,10 +254,11 @@ class BudgetConversion {
     const std::int64_t T = stream_.tokens(), D = source.ffn.d_model;
     const MatrixView<float> hidden(hidden_.data(), T, source.ffn.hidden);
     const MatrixView<float> y(target_.data(), T, D);
-    dense_->attend(layer);
-    source.hidden_values(dense_->input(), hidden, parallel_);
+    const MatrixView<float> input(input_.data(), T, D);
+    dense_->attend(layer, input);
+    source.hidden_values(input, hidden, parallel_);
     down_product(hidden, source.down_t, source.ffn.down_bias, y, parallel_);
-    for (std::int64_t t = 0; t < T; ++t) isa_kernels().add(y.row(t), dense_->x().row(t), D);
+    for (std::int64_t t = 0; t < T; ++t) isa_kernels().add(y.row(t), dense_->rows().row(t), D);
   }
 
   /// A token counts by the error relative to the residual stream, by which the next norm divides.
@@ -300,7 +267,7 @@ class BudgetConversion {
     std::vector<float> sum(static_cast<std::size_t>(y.cols));
     double total = 0.0;
     for (std::int64_t t = 0; t < y.rows; ++t) {
-      const float* x = stream_.x().row(t);
+      const float* x = stream_.rows().row(t);
       for (std::int64_t d = 0; d < y.cols; ++d) sum[d] = x[d] + y(t, d);
       const double size = mean_square(sum.data(), y.cols);
       if (!std::isfinite(size))
@@ -345,7 +312,8 @@ class BudgetConversion {
       for (std::int64_t t = begin; t < end; ++t)
         for (std::int64_t d = 0; d < target.cols; ++d) {
           const float bias = down_bias.empty() ? 0.0f : down_bias[d];
-          target(t, d) += part * (dense_->x()(t, d) - (stream_.x()(t, d) + target(t, d) + bias));
+          target(t, d) +=
+              part * (dense_->rows()(t, d) - (stream_.rows()(t, d) + target(t, d) + bias));
         }
     });
   }
@@ -368,9 +336,9 @@ class BudgetConversion {
     down_product(features, down, {}, out, parallel_);
     conversion_.layer_error.push_back(relative_error(out, target, weight));
     for (std::int64_t t = 0; t < features.rows; ++t) {
-      isa_kernels().add(out.row(t), stream_.x().row(t), D);
+      isa_kernels().add(out.row(t), stream_.rows().row(t), D);
       if (!source.ffn.down_bias.empty())
-        isa_kernels().add(source.ffn.down_bias.data(), stream_.x().row(t), D);
+        isa_kernels().add(source.ffn.down_bias.data(), stream_.rows().row(t), D);
     }
   }
 
@@ -396,9 +364,9 @@ class BudgetConversion {
   Model model_;
   ParallelFor parallel_;
   const TokenWindows& windows_;
-  Stream stream_;                // through the converted layers
-  std::optional<Stream> dense_;  // through the dense model, where the correction needs it
-  Buffer hidden_, target_;       // [T, H], [T, D] of the layer at hand
+  WindowStream stream_;                // through the converted layers
+  std::optional<WindowStream> dense_;  // through the dense model, where the correction needs it
+  Buffer input_, hidden_, target_;     // [T, D], [T, H], [T, D] of the layer at hand
   Conversion conversion_;
 };
 

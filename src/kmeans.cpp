@@ -20,10 +20,10 @@
 namespace cleave {
 namespace {
 
-constexpr std::int64_t kLanes = 8;     // centroids side by side: two registers of four
-constexpr int kMaxSweeps = 50;         // over all pairs; some five are needed
-constexpr double kLeastGain = 1e-6;    // of affinities up to 1; below it is rounding, not progress
-constexpr std::int64_t kRowBlock = 4;  // rows that share a load of the centroids
+constexpr std::int64_t kLanes = 8;   // centroids side by side: two registers of four
+constexpr int kMaxSweeps = 50;       // over all pairs; some five are needed
+constexpr double kLeastGain = 1e-6;  // of affinities up to 1; below it is rounding, not progress
+constexpr std::int64_t kRowsTogether = 4;  // rows that share a load of the centroids
 
 struct Clustering {
   std::int64_t count = 0;        // rows
@@ -76,7 +76,8 @@ void affinity_block(Clustering& c, std::int64_t i, std::int64_t begin) {
 void update_affinity(Clustering& c) {
   for (std::int64_t begin = 0; begin < c.padded; begin += kLanes) {
     std::int64_t i = 0;
-    for (; i + kRowBlock <= c.count; i += kRowBlock) affinity_block<kRowBlock>(c, i, begin);
+    for (; i + kRowsTogether <= c.count; i += kRowsTogether)
+      affinity_block<kRowsTogether>(c, i, begin);
     for (; i < c.count; ++i) affinity_block<1>(c, i, begin);
   }
 }

@@ -1,25 +1,54 @@
 #include "window_stream.h"
 
+#include <algorithm>
 #include <utility>
+#include <vector>
 
 #include "kernels/dispatch.h"
 
 namespace cleave {
+namespace {
 
-WindowStream::WindowStream(Model& model, const TokenWindows& text)
-    : model_(model),
-      text_(text),
-      D_(model.config().hidden_size),
-      cache_(model.config(), text.context),
-      stream_(static_cast<std::size_t>(text.count() * text.context * D_)),
-      normed_(text.context * D_) {
-  for (std::int64_t w = 0; w < num_windows(); ++w) model_.embed(text_.window(w), residual(w));
+std::int64_t longest_context(std::span<const TokenWindows* const> texts) {
+  std::int64_t longest = 1;
+  for (const TokenWindows* text : texts) longest = std::max(longest, text->context);
+  return longest;
 }
 
+}  // namespace
+
+WindowStream::WindowStream(Model& model, std::span<const TokenWindows* const> texts)
+    : model_(model),
+      D_(model.config().hidden_size),
+      context_(longest_context(texts)),
+      begin_{0},
+      cache_(model.config(), context_),
+      normed_(context_ * D_) {
+  for (const TokenWindows* text : texts)
+    for (std::int64_t w = 0; w < text->count(); ++w)
+      begin_.push_back(begin_.back() + text->context);
+  stream_.resize(static_cast<std::size_t>(tokens() * D_));
+  std::int64_t window = 0;
+  for (const TokenWindows* text : texts)
+    for (std::int64_t w = 0; w < text->count(); ++w)
+      model_.embed(text->window(w), residual(window++));
+}
+
+WindowStream::WindowStream(Model& model, const TokenWindows& text)
+    : WindowStream(model, std::vector<const TokenWindows*>{&text}) {}
+
 MatrixView<const float> WindowStream::attend(std::int64_t layer, std::int64_t window) {
-  const MatrixView<float> normed(normed_.data(), context(), D_);
-  model_.attend(layer, cache_, residual(window), normed);
+  const MatrixView<float> x = residual(window);
+  const MatrixView<float> normed(normed_.data(), x.rows, D_);
+  model_.attend(layer, cache_, x, normed);
   return normed;
+}
+
+void WindowStream::attend(std::int64_t layer, MatrixView<float> input) {
+  for (std::int64_t w = 0; w < num_windows(); ++w) {
+    const MatrixView<float> x = residual(w);
+    model_.attend(layer, cache_, x, input.slice_rows(begin_[w], x.rows));
+  }
 }
 
 void WindowStream::add(std::int64_t window, MatrixView<const float> y) {

@@ -107,7 +107,7 @@ struct BudgetSpec {
 /// Chosen experts weigh 1 (GateMode::kHard, scale 1).
 ///
 /// Holds the residual stream of all calibration tokens and one layer's hidden values:
-/// T * (6 D + H) floats, T * (4 D + H) without the correction.
+/// T * (5 D + H) floats, T * (4 D + H) without the correction.
 /// @throws InvalidArgument  the budget is below one expert or leaves none, a text of no tokens, the
 ///                          model is no dense one; and where an activation is not finite
 Conversion convert_to_budget(

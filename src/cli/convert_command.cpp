@@ -91,8 +91,8 @@ void add_routing(const Conversion& conversion, double router_share, Json& json) 
   json["router_share"] = router_share;
 }
 
-Json result_json(const ConvertOptions& options, const ModelConfig& source,
-                 const ModelConfig& written, const Conversion& conversion) {
+Json conversion_json(const ConvertOptions& options, const ModelConfig& source,
+                     const ModelConfig& written, const Conversion& conversion) {
   const ModelCost before = model_cost(source), after = model_cost(written);
   Json json{{"model", options.model},
             {"out", options.out},
@@ -112,8 +112,8 @@ Json result_json(const ConvertOptions& options, const ModelConfig& source,
   return json;
 }
 
-std::string result_text(const ConvertOptions& options, const ModelConfig& source,
-                        const ModelConfig& written, const Conversion& conversion) {
+std::string conversion_text(const ConvertOptions& options, const ModelConfig& source,
+                            const ModelConfig& written, const Conversion& conversion) {
   const ModelCost before = model_cost(source), after = model_cost(written);
   return fmt::format(
       "{}: {}\n{}multiply-adds per token {} -> {}; {}", options.out, describe(written, conversion),
@@ -143,11 +143,11 @@ void run_convert(ConvertOptions options, const CLI::App& command) {
   const Checkpoint written = Checkpoint::open(options.out);
   const double elapsed_s =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-  Json json = result_json(options, source.config(), written.config(), conversion);
+  Json json = conversion_json(options, source.config(), written.config(), conversion);
   json["elapsed_s"] = elapsed_s;
-  std::string text =
-      fmt::format("{} in {}\n", result_text(options, source.config(), written.config(), conversion),
-                  human_seconds(elapsed_s));
+  std::string text = fmt::format(
+      "{} in {}\n", conversion_text(options, source.config(), written.config(), conversion),
+      human_seconds(elapsed_s));
   if (options.baselines != "none") {
     conversion = {};  // its memory
     const WrittenReport report = report_on(options, written, *calibration, progress);
