@@ -172,10 +172,6 @@ CacheSpec resolve_cache(const std::string& cache, const Checkpoint& checkpoint, 
   return {.file = cache, .write = true};
 }
 
-}  // namespace
-
-namespace {
-
 /// K of --active or --active-share; 0: neither was given.
 std::int64_t resolve_active(const ModelOptions& options, const ModelConfig& config) {
   if (options.active_share <= 0.0) return options.active;

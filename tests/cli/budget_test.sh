@@ -2,17 +2,8 @@
 # budget_test.sh CLEAVE MODEL WORK_DIR: `cleave convert --active-share`, and `cleave report` on what it wrote, on the
 # bundled model.
 cleave=$1 source=$2 work=$3
-rm -rf "$work" && mkdir -p "$work" && cd "$work" || exit 2
-status=0
-fail() { echo "FAILED: $*"; status=1; }
-expect() { # expect CODE COMMAND...: stdout to out.txt, stderr to err.txt
-  code=$1
-  shift
-  "$@" >out.txt 2>err.txt
-  actual=$?
-  [ $actual -eq "$code" ] || fail "expected code $code, got $actual: $* ($(head -1 err.txt))"
-}
-says() { grep -q -- "$2" "$1" || fail "$1 does not say '$2': $(head -5 "$1")"; }
+. "$(dirname "$0")/expect.sh"
+enter "$work"
 text="$source/sample.txt"
 head -c 4000 "$text" >short.txt
 convert="$cleave convert $source out --overwrite --calibration $text --calibration-tokens 1024 --context 256"

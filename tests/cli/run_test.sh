@@ -2,17 +2,8 @@
 # run_test.sh CLEAVE MODEL WORK_DIR: what `cleave run`, its cache file and --router-threshold promise,
 # on the bundled model.
 cleave=$1 source=$2 work=$3
-rm -rf "$work" && mkdir -p "$work" && cp -r "$source" "$work/model" && cd "$work" || exit 2
-status=0
-fail() { echo "FAILED: $*"; status=1; }
-expect() { # expect CODE COMMAND...: stdout to out.txt, stderr to err.txt
-  code=$1
-  shift
-  "$@" >out.txt 2>err.txt
-  actual=$?
-  [ $actual -eq "$code" ] || fail "expected code $code, got $actual: $* ($(head -1 err.txt))"
-}
-says() { grep -q "$2" "$1" || fail "$1 does not say '$2': $(head -5 "$1")"; }
+. "$(dirname "$0")/expect.sh"
+enter "$work" && cp -r "$source" model || exit 2
 run="$cleave run model --prompt Once --max-tokens 8 --weights bf16"
 
 expect 0 $run

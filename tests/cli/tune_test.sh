@@ -1,17 +1,8 @@
 #!/bin/sh
 # tune_test.sh CLEAVE MODEL WORK_DIR: `cleave train` on a conversion to a budget of the bundled model.
 cleave=$1 source=$2 work=$3
-rm -rf "$work" && mkdir -p "$work" && cd "$work" || exit 2
-status=0
-fail() { echo "FAILED: $*"; status=1; }
-expect() { # expect CODE COMMAND...: stdout to out.txt, stderr to err.txt
-  code=$1
-  shift
-  "$@" >out.txt 2>err.txt
-  actual=$?
-  [ $actual -eq "$code" ] || fail "expected code $code, got $actual: $* ($(head -1 err.txt))"
-}
-says() { grep -q -- "$2" "$1" || fail "$1 does not say '$2': $(head -5 "$1")"; }
+. "$(dirname "$0")/expect.sh"
+enter "$work"
 text="$source/sample.txt"
 train="$cleave train budget tuned --overwrite --data $text --limit-tokens 4096 --context 128 --steps 3 --batch 2"
 
