@@ -42,13 +42,14 @@ double clip_gradients(std::span<const at::Tensor> parameters, double max_norm) {
   return norm;
 }
 
-void AdamW::add(std::string name, const at::Tensor& parameter, bool decay) {
+void AdamW::add(std::string name, const at::Tensor& parameter, bool decay, double rate) {
   Slot slot;
   slot.name = std::move(name);
   slot.parameter = parameter;
   slot.master =
       parameter.scalar_type() == at::kFloat ? parameter : parameter.detach().to(at::kFloat);
   slot.decay = decay;
+  slot.rate = rate;
   slots_.push_back(std::move(slot));
 }
 
@@ -96,7 +97,7 @@ void AdamW::step(double learning_rate) {
       slot.second = at::zeros_like(grad);
     }
     ++slot.steps;
-    update(slot, grad.contiguous(), learning_rate);
+    update(slot, grad.contiguous(), learning_rate * slot.rate);
     if (!slot.master.is_same(slot.parameter)) slot.parameter.copy_(slot.master);
   }
 }

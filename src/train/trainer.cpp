@@ -14,6 +14,7 @@
 #include "cleave/train/data.h"
 #include "train/freeze_audit.h"
 #include "train/run_files.h"
+#include "train/run_setup.h"
 
 namespace cleave::train {
 namespace {
@@ -44,27 +45,6 @@ void accumulate(Metrics& into, const std::string& name, double value) {
   into.emplace_back(name, value);
 }
 
-nlohmann::ordered_json metrics_line(const StepReport& report) {
-  nlohmann::ordered_json line;
-  line["step"] = report.step;
-  line["phase"] = report.phase;
-  if (report.step > 0) {
-    line["loss"] = report.loss;
-    for (const auto& [name, value] : report.parts) line[name] = value;
-    for (const auto& [name, value] : report.values) line[name] = value;
-    line["lr"] = report.learning_rate;
-    line["grad_norm"] = report.grad_norm;
-    line["tokens"] = report.tokens;
-    line["tokens_per_s"] = report.tokens_per_s;
-  }
-  if (report.held_out) {
-    line["held_out_perplexity"] = report.held_out->perplexity;
-    if (report.held_out->has_kl) line["held_out_kl"] = report.held_out->kl;
-    line["held_out_tokens"] = report.held_out->predicted_tokens;
-  }
-  return line;
-}
-
 /// One call of train(): the loop, and what it carries from step to step.
 class Run {
  public:
@@ -73,7 +53,6 @@ class Run {
   TrainResult go();
 
  private:
-  void check_input();
   void begin();
   void run_phase(const Phase& phase, std::int64_t phase_end);
   StepReport run_step(const Phase& phase);
@@ -87,7 +66,6 @@ class Run {
   bool due(std::int64_t every) const {
     return position_.step == steps_ || (every > 0 && position_.step % every == 0);
   }
-  json identity();
 
   Transformer model_;
   const Recipe& recipe_;
@@ -125,56 +103,11 @@ Run::Run(Transformer model, const Recipe& recipe, const TokenWindows& data,
     optimizer_.add(parameter.name, parameter.tensor, parameter.decay);
 }
 
-void Run::check_input() {
-  check(spec_);
-  if (steps_ < 1) throw InvalidArgument("train: the recipe has no step; give a phase some steps");
-  const std::int64_t vocab = model_->config().vocab_size;
-  check_tokens(data_, vocab);
-  if (held_out_ != nullptr) {
-    if (held_out_->context < 2 || held_out_->count() < 1)
-      throw InvalidArgument("train: the held-out text holds no whole window; use a longer text");
-    check_tokens(*held_out_, vocab);
-  }
-  for (const auto& parameter : recipe_.parameters) {
-    const at::Device where = parameter.tensor.device();
-    // "cuda" alone means whichever GPU the model is on.
-    const bool same_device =
-        where.type() == spec_.device.type() && (!spec_.device.has_index() || where == spec_.device);
-    if (!same_device || parameter.tensor.scalar_type() != spec_.dtype)
-      throw InvalidArgument(fmt::format(
-          "train: {} is {} on {} but the settings say {} on {}; load the model accordingly",
-          parameter.name, c10::toString(parameter.tensor.scalar_type()), where.str(),
-          c10::toString(spec_.dtype), spec_.device.str()));
-  }
-}
-
-/// What must agree between a checkpoint and the run that resumes from it: everything that the
-/// trajectory depends on. Threads are left out (they only move the rounding), and so is what is
-/// merely reported.
-json Run::identity() {
-  json settings = json::parse(to_json(spec_));
-  for (const char* free : {"threads", "eval_every", "eval_tokens", "log_every", "checkpoint_every",
-                           "keep_checkpoints"})
-    settings.erase(free);
-  std::uint64_t weights = FreezeAudit(*model_, recipe_, recipe_.phases.front()).summary();
-  for (const auto& parameter : recipe_.parameters) {
-    const std::uint64_t one = fingerprint(parameter.tensor);
-    weights = fingerprint_bytes(&one, sizeof(one), weights);
-  }
-  return {{"recipe", recipe_.name},
-          {"method", json::parse(recipe_.spec_json)},
-          {"train", std::move(settings)},
-          {"context", data_.context},
-          {"text fingerprint",
-           fingerprint_bytes(data_.tokens.data(), data_.tokens.size() * sizeof(std::int32_t))},
-          {"model fingerprint", weights}};
-}
-
 void Run::begin() {
   if (spec_.threads > 0) at::set_num_threads(spec_.threads);
   if (io_.directory.empty()) return;
   store_.emplace(io_.directory / "checkpoints", spec_.keep_checkpoints);
-  identity_ = identity();
+  identity_ = run_identity(model_, recipe_, data_, spec_);
   if (io_.resume) {
     position_ = store_->restore(optimizer_, identity_, io_.notice);
     order_.seek(position_.cursor);
@@ -192,7 +125,8 @@ void Run::begin() {
 }
 
 TrainResult Run::go() {
-  check_input();
+  if (steps_ < 1) throw InvalidArgument("train: the recipe has no step; give a phase some steps");
+  check_run_input(model_, recipe_, data_, held_out_, spec_);
   begin();
   result_.steps = steps_;
   if (held_out_ != nullptr) {

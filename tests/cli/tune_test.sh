@@ -18,6 +18,16 @@ expect 0 $cleave run tuned --prompt Once --max-tokens 4
 expect 0 $train --teacher "$source" --parts ffn,norms --lm-weight 0.1 --json
 says out.txt '"recipe": *"distill"'
 
+expect 0 $train --teacher "$source" --recipe layerwise
+says out.txt '12 steps'
+says tuned/cleave.json '"layerwise"'
+says tuned/metrics.jsonl '"phase":"layer 3"'
+expect 0 $cleave run tuned --prompt Once --max-tokens 4
+expect 2 $train --teacher "$source" --recipe layerwise --lm-weight 0.1
+says err.txt '--lm-weight: an option of the recipe factorllm and distill'
+expect 2 $train --teacher "$source" --recipe layerwise --parts ffn,attention
+says err.txt 'use the recipe distill'
+
 expect 2 $train
 says err.txt 'refitted'
 expect 2 $train --teacher "$source" --pa-weight 0.1
@@ -29,5 +39,5 @@ says err.txt '--parts: an option of the recipe distill'
 expect 2 $train --teacher "$source" --parts routers
 says err.txt 'is none of ffn'
 expect 2 $train --teacher "$source" --recipe other
-says err.txt 'choose auto, factorllm or distill'
+says err.txt 'choose auto, factorllm, distill or layerwise'
 exit $status

@@ -50,10 +50,11 @@ class AdamW {
     at::Tensor first, second;  ///< float32, like the parameter; undefined before its first step
     std::int64_t steps = 0;
     bool decay = true;
+    double rate = 1.0;  ///< its learning rate, as a multiple of the one that step() is given
   };
 
   explicit AdamW(const AdamWSpec& spec) : spec_(spec) {}
-  void add(std::string name, const at::Tensor& parameter, bool decay);
+  void add(std::string name, const at::Tensor& parameter, bool decay, double rate = 1.0);
   /// One step for every parameter that requires a gradient and has one; the others stay bitwise.
   void step(double learning_rate);
   void zero_grad();

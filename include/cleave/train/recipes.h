@@ -118,4 +118,42 @@ TrainResult train_distill(const Checkpoint& student, const Checkpoint* teacher,
                           const TokenWindows& data, const TokenWindows* held_out,
                           const DistillSpec& method, const TrainSpec& spec, const TrainIo& io = {});
 
+/// Light tuning one layer after the other: each FFN learns to return what the dense model's would,
+/// on the inputs that the tuned layers before it give.
+struct LayerwiseSpec {
+  std::int64_t steps = 200;  ///< of each layer
+  DistillParts parts = {};   ///< router, experts, shared; norms and attention stay as they are
+  /// Which part of what the layers before have lost a layer is asked to give back: 0: it aims at
+  /// the dense FFN's output; 1: at the dense model's residual stream after the layer.
+  double correction = 0.5;
+  bool soft_border = true;   ///< hard gates: the error reaches the router (border_temperature)
+  double temperature = 0.3;  ///< of the soft border
+};
+std::string to_json(const LayerwiseSpec& spec);
+
+/// Tunes a conversion layer by layer (docs/methods/tuning.md). The residual streams of all of
+/// `data` go through the dense model and the student together; at layer l, on the FFN's input x
+/// [N, D] of the student, the FFN learns y = FFN_dense(x) + correction (dense stream - student
+/// stream) by AdamW on sum_t w_t |FFN_l(x_t) - y_t|^2 / sum_t w_t |y_t|^2, w_t = 1 / mean square of
+/// the stream; then both streams take the layer. A step draws spec.batch * context tokens from all
+/// of the text. No pass through the whole model, no vocabulary: a token costs a third of what it
+/// costs distill(), and no layer waits for another's gradient.
+///
+/// Holds two residual streams of all tokens, and the layer's input and target: 4 N D numbers.
+/// Checkpoints lie after every layer; a resumed run goes on with the next layer, exactly.
+/// spec.grad_accumulation, eval_every and checkpoint_every have no meaning here; held-out quality
+/// is measured at both ends.
+/// @param teacher  dense, same shapes
+/// @throws InvalidArgument, FileError, Error  as train(); and where a stream is not finite
+TrainResult layerwise(Transformer student, Transformer teacher, const TokenWindows& data,
+                      const TokenWindows* held_out, const LayerwiseSpec& method,
+                      const TrainSpec& spec, const TrainIo& io = {});
+
+/// On checkpoints: load, tune, record. What `cleave train --recipe layerwise` calls.
+/// @param teacher  the dense checkpoint, or nullptr: dense_teacher(student)
+TrainResult train_layerwise(const Checkpoint& student, const Checkpoint* teacher,
+                            const TokenWindows& data, const TokenWindows* held_out,
+                            const LayerwiseSpec& method, const TrainSpec& spec,
+                            const TrainIo& io = {});
+
 }  // namespace cleave::train

@@ -44,6 +44,7 @@ class TransformerImpl : public torch::nn::Module {
   const ModelConfig& config() const { return config_; }
   const std::optional<Provenance>& provenance() const { return provenance_; }
   std::vector<DecoderLayer>& layers() { return layers_; }
+  const at::Tensor& embedding() const { return embedding_; }    ///< [V, D]
   const at::Tensor& final_norm() const { return final_norm_; }  ///< [D]
   /// The layers that hold experts, in order; empty for a dense model.
   std::vector<MoeFfn> moe_layers() const;

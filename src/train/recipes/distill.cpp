@@ -18,13 +18,6 @@
 namespace cleave::train {
 namespace {
 
-constexpr std::pair<const char*, bool DistillParts::*> kPartNames[] = {
-    {"router", &DistillParts::router},
-    {"experts", &DistillParts::experts},
-    {"shared", &DistillParts::shared},
-    {"norms", &DistillParts::norms},
-    {"attention", &DistillParts::attention}};
-
 void check_distill_spec(const DistillSpec& spec) {
   require(spec.steps > 0, "distill: {} steps; expected at least 1", spec.steps);
   const std::pair<const char*, double> weights[] = {{"distill_weight", spec.distill_weight},
@@ -38,35 +31,6 @@ void check_distill_spec(const DistillSpec& spec) {
   require(spec.distill_weight > 0.0 || spec.lm_weight > 0.0 || spec.router_weight > 0.0,
           "distill: no loss; give one a weight above 0");
   require(!part_names(spec.parts).empty(), "distill: no part is trained; name one, e.g. ffn");
-}
-
-/// The parameters of one layer that `parts` asks for.
-void collect_layer(const DistillParts& parts, std::int64_t index, const DecoderLayer& layer,
-                   std::vector<Parameter>& all) {
-  const std::string prefix = fmt::format("layers.{}.", index);
-  const auto add = [&](bool wanted, const char* name, const at::Tensor& tensor, bool decay,
-                       const char* hint = "no loss reaches it; give distill_weight above 0") {
-    if (wanted && tensor.defined()) all.push_back({prefix + name, tensor, decay, hint});
-  };
-  add(parts.norms, "input_norm", layer.input_norm, false);
-  add(parts.norms, "post_attention_norm", layer.post_attention_norm, false);
-  add(parts.attention, "q", layer.q, true);
-  add(parts.attention, "k", layer.k, true);
-  add(parts.attention, "v", layer.v, true);
-  add(parts.attention, "o", layer.o, true);
-  if (layer.moe.is_empty()) return;
-  const MoeFfnImpl& moe = *layer.moe;
-  add(parts.router && moe.spec.experts_per_token < moe.spec.num_experts, "router", moe.w_router,
-      false,
-      "with a hard gate it learns from router_weight above 0 or the soft border, with a softmax "
-      "gate and K = 1 from router_weight alone");
-  add(parts.experts, "experts.gate", moe.w_gate, true);
-  add(parts.experts, "experts.up", moe.w_up, true);
-  add(parts.experts, "experts.down", moe.w_down, true);
-  if (moe.shared.is_empty()) return;
-  add(parts.shared, "shared.gate", moe.shared->gate, true);
-  add(parts.shared, "shared.up", moe.shared->up, true);
-  add(parts.shared, "shared.down", moe.shared->down, true);
 }
 
 /// Share of the K experts of most energy that were chosen.
@@ -100,41 +64,13 @@ LossTerm router_term(const Transformer& student, const DistillSpec& spec) {
 /// What the layers have to give the losses.
 void prepare_layers(Transformer student, const DistillSpec& spec) {
   for (MoeFfn& moe : student->moe_layers()) {
-    const bool border =
-        spec.parts.router && spec.soft_border && moe->spec.gate.mode == GateMode::kHard;
-    moe->spec.gate.straight_through = false;
-    moe->spec.gate.border_temperature = border ? spec.temperature : 0.0;
+    set_soft_border(*moe, spec.parts.router && spec.soft_border ? spec.temperature : 0.0);
     moe->spec.record_energy = spec.parts.router && spec.router_weight > 0.0;
-    if (border || moe->spec.record_energy) moe->spec.execution = Execution::kMaskedHidden;
+    if (moe->spec.record_energy) moe->spec.execution = Execution::kMaskedHidden;
   }
 }
 
 }  // namespace
-
-DistillParts parse_distill_parts(const std::string& text) {
-  DistillParts parts{false, false, false, false, false};
-  std::string_view rest = text;
-  while (true) {
-    const std::string_view word = rest.substr(0, rest.find(','));
-    bool known = false;
-    for (const auto& [name, member] : kPartNames) {
-      const bool ffn = member != &DistillParts::norms && member != &DistillParts::attention;
-      if (word != name && !(word == "ffn" && ffn)) continue;
-      parts.*member = true;
-      known = true;
-    }
-    require(known, "distill: '{}' is none of ffn, router, experts, shared, norms, attention", word);
-    if (word.size() == rest.size()) return parts;
-    rest.remove_prefix(word.size() + 1);
-  }
-}
-
-std::vector<std::string> part_names(const DistillParts& parts) {
-  std::vector<std::string> names;
-  for (const auto& [name, member] : kPartNames)
-    if (parts.*member) names.emplace_back(name);
-  return names;
-}
 
 std::string to_json(const DistillSpec& spec) {
   const nlohmann::ordered_json object = {{"steps", spec.steps},
@@ -161,8 +97,8 @@ Recipe distill(Transformer student, Transformer teacher, const DistillSpec& spec
   recipe.reference = teacher;
   recipe.spec_json = to_json(spec);
   for (std::size_t l = 0; l < student->layers().size(); ++l)
-    collect_layer(spec.parts, static_cast<std::int64_t>(l), student->layers()[l],
-                  recipe.parameters);
+    collect_layer_parameters(spec.parts, static_cast<std::int64_t>(l), student->layers()[l],
+                             recipe.parameters);
   if (spec.parts.norms)
     recipe.parameters.push_back({"final_norm", student->final_norm(), false, ""});
   require(!recipe.parameters.empty(),

@@ -13,13 +13,10 @@
 #include "cleave/error.h"
 #include "cleave/train/recipes.h"
 #include "train/recipes/common.h"
+#include "train/require.h"
 
 namespace cleave::train {
 namespace {
-
-void require(bool holds, const std::string& message) {
-  if (!holds) throw InvalidArgument(message);
-}
 
 /// The stored `down` of a converted layer is the dense one times this. The converter fits it layer
 /// by layer and lists it in the settings of cleave.json.
@@ -30,9 +27,9 @@ double folded_scale(const Transformer& student, std::size_t layer, const MoeFfn&
   if (settings.is_object() && settings.contains("layer_folded_scale")) {
     const auto& scales = settings["layer_folded_scale"];
     require(scales.is_array() && layer < scales.size() && scales[layer].is_number(),
-            fmt::format("factorllm: layer_folded_scale in cleave.json has no number for layer {}; "
-                        "convert the dense model again",
-                        layer));
+            "factorllm: layer_folded_scale in cleave.json has no number for layer {}; "
+            "convert the dense model again",
+            layer);
     return scales[layer].get<double>();
   }
   return provenance->folded_scale;
@@ -96,17 +93,16 @@ std::vector<Parameter> collect_parameters(Transformer student) {
 void check_spec(const FactorLlmSpec& spec) {
   require(!spec.phases.empty(), "factorllm: no phase; give one, e.g. joint");
   for (const auto& phase : spec.phases)
-    require(phase.steps > 0, fmt::format("factorllm: phase '{}' has {} steps, expected at least 1",
-                                         trainable_name(phase.trainable), phase.steps));
+    require(phase.steps > 0, "factorllm: phase '{}' has {} steps, expected at least 1",
+            trainable_name(phase.trainable), phase.steps);
   const std::pair<const char*, double> weights[] = {{"lm_weight", spec.lm_weight},
                                                     {"pa_weight", spec.pa_weight},
                                                     {"balance_weight", spec.balance_weight},
                                                     {"distill_weight", spec.distill_weight}};
   for (const auto& [name, value] : weights)
-    require(value >= 0.0 && std::isfinite(value),
-            fmt::format("factorllm: {} is {}, expected 0 or more", name, value));
-  require(spec.pa_tokens >= 0,
-          fmt::format("factorllm: pa_tokens is {}, expected 0 or more", spec.pa_tokens));
+    require(value >= 0.0 && std::isfinite(value), "factorllm: {} is {}, expected 0 or more", name,
+            value);
+  require(spec.pa_tokens >= 0, "factorllm: pa_tokens is {}, expected 0 or more", spec.pa_tokens);
 }
 
 /// Which tokens get labels: all, or `wanted` evenly spread ones that move on with every step.
@@ -155,7 +151,7 @@ LossTerm prior_approximate_term(Transformer student, Transformer teacher,
     const MoeFfn& moe = student->layers()[l].moe;
     if (moe.is_empty()) continue;
     const DenseFfn& dense = teacher->layers()[l].dense;
-    require(!dense.is_empty(), fmt::format("factorllm: the teacher's layer {} is not dense", l));
+    require(!dense.is_empty(), "factorllm: the teacher's layer {} is not dense", l);
     const double k = static_cast<double>(moe->spec.experts_per_token);
     layers.push_back({moe, dense, dense_share(student, l, moe), folded_scale(student, l, moe) / k});
   }
@@ -196,9 +192,8 @@ std::vector<LossTerm> losses_of(const FactorLlmPhase& phase, const Transformer& 
     if (spec.balance_weight > 0.0) losses.push_back(balance_term(spec));
   }
   if (spec.distill_weight > 0.0) losses.push_back(distill_term(spec.distill_weight, teacher));
-  require(!losses.empty(),
-          fmt::format("factorllm: phase '{}' has no loss; give one a weight above 0",
-                      trainable_name(phase.trainable)));
+  require(!losses.empty(), "factorllm: phase '{}' has no loss; give one a weight above 0",
+          trainable_name(phase.trainable));
   return losses;
 }
 
@@ -253,17 +248,16 @@ std::vector<FactorLlmPhase> parse_phases(const std::string& text, std::int64_t s
     else if (word == "experts")
       phase.trainable = Trainable::kExperts;
     else
-      require(word == "joint", fmt::format("phase: '{}' is none of router, experts, joint", word));
+      require(word == "joint", "phase: '{}' is none of router, experts, joint", word);
     if (word.size() < item.size()) {
       const std::string_view count = item.substr(word.size() + 1);
       const char* end = count.data() + count.size();
       const auto parsed = std::from_chars(count.data(), end, phase.steps);
       require(parsed.ec == std::errc() && parsed.ptr == end && phase.steps > 0,
-              fmt::format("phase: '{}' in '{}' is not a number of steps above 0", count, text));
+              "phase: '{}' in '{}' is not a number of steps above 0", count, text);
     } else {
       require(item.size() == text.size(),
-              fmt::format("phase: '{}' in '{}' lacks its steps, as in router:50,joint:150", item,
-                          text));
+              "phase: '{}' in '{}' lacks its steps, as in router:50,joint:150", item, text);
     }
     phases.push_back(phase);
     if (item.size() == rest.size()) return phases;
