@@ -86,6 +86,14 @@ void choose_largest(MatrixView<const float> scores, std::int64_t experts_per_tok
   });
 }
 
+void router_scores(const BaselineSpec& spec, const BaselineLayer& layer, MatrixView<const float> x,
+                   MatrixView<float> scores, const ParallelFor& parallel) {
+  if (spec.router == BaselineRouter::kRegression)
+    regression_scores(layer.regression, x, scores, parallel);
+  else
+    linear(x, layer.router.view(), layer.router_bias, scores, parallel);
+}
+
 MaskedFfn::MaskedFfn(const DenseFfn& ffn, const BaselineSpec& spec, const BaselineLayer& layer)
     : ffn_(ffn), spec_(spec), layer_(layer) {
   if (needs_outputs(spec.router))
@@ -115,7 +123,7 @@ void MaskedFfn::score(MatrixView<const float> x, MatrixView<const float> h,
           scores(t, e) = std::abs(h(t, layer_.representatives[e]));
       return;
     default:
-      linear(x, layer_.router.view(), layer_.router_bias, scores, parallel);
+      router_scores(spec_, layer_, x, scores, parallel);
   }
 }
 

@@ -37,6 +37,12 @@ BaselineSpec neuron_oracle(std::int64_t hidden, double rho) {
   return spec;
 }
 
+/// Oracles see the experts' outputs; no stock class holds a router of two layers.
+bool is_deployable(BaselineRouter router) {
+  return router != BaselineRouter::kOracleNorm && router != BaselineRouter::kOracleLabel &&
+         router != BaselineRouter::kOracleNeuron && router != BaselineRouter::kRegression;
+}
+
 /// All neurons in E equal experts (or the next lower number that divides H).
 BaselineSpec split_row(const std::string& split_name, const std::string& router_name,
                        std::int64_t hidden, std::int64_t experts, double rho, BaselineSplit split,
@@ -44,14 +50,13 @@ BaselineSpec split_row(const std::string& split_name, const std::string& router_
   std::int64_t E = experts;
   while (hidden % E != 0) --E;
   const std::int64_t K = std::clamp<std::int64_t>(std::llround(rho * static_cast<double>(E)), 1, E);
-  return {
-      .method = fmt::format("{}, E {}, {}", split_name, E, router_name),
-      .rho = static_cast<double>(K) / static_cast<double>(E),
-      .deployable = router != BaselineRouter::kOracleNorm && router != BaselineRouter::kOracleLabel,
-      .split = split,
-      .router = router,
-      .num_experts = E,
-      .experts_per_token = K};
+  return {.method = fmt::format("{}, E {}, {}", split_name, E, router_name),
+          .rho = static_cast<double>(K) / static_cast<double>(E),
+          .deployable = is_deployable(router),
+          .split = split,
+          .router = router,
+          .num_experts = E,
+          .experts_per_token = K};
 }
 
 /// Half the budget always on, the rest in experts of H / parts neurons. Where `parts` does not
@@ -69,12 +74,15 @@ BaselineSpec shared_row(std::int64_t hidden, std::int64_t parts, double rho) {
   return spec;
 }
 
-BaselineSpec shared_ridge(std::int64_t hidden, double rho, bool compensate) {
+BaselineSpec shared_kmeans(std::int64_t hidden, double rho, BaselineRouter router,
+                           bool compensate) {
   BaselineSpec spec = shared_row(hidden, kFineParts, rho);
-  spec.method = fmt::format("half shared, k-means width {}, ridge router{}", hidden / kFineParts,
+  spec.method = fmt::format("half shared, k-means width {}, {} router{}", hidden / kFineParts,
+                            router == BaselineRouter::kRidge ? "ridge" : "regression MLP",
                             compensate ? ", compensation" : "");
+  spec.deployable = is_deployable(router);
   spec.split = BaselineSplit::kKMeans;
-  spec.router = BaselineRouter::kRidge;
+  spec.router = router;
   spec.compensate = compensate;
   return spec;
 }
@@ -109,17 +117,37 @@ void add_split_rows(std::int64_t hidden, double rho, std::vector<BaselineSpec>& 
         BaselineRouter::kRidgeBias);
     add("k-means on gate rows", "ridge router", experts, split, BaselineRouter::kRidge);
   }
+  add("k-means on gate rows", "regression MLP router", 32, BaselineSplit::kKMeans,
+      BaselineRouter::kRegression);
 }
 
-QualityRow row_of(const BaselineSpec& spec, const ModelConfig& config, const EvalResult& result) {
+/// Mean over layers, where all have one.
+std::optional<RouterQuality> mean_quality(const Baseline& baseline) {
+  RouterQuality mean{0.0, 0.0};
+  const auto layers = static_cast<double>(baseline.layers.size());
+  for (const BaselineLayer& layer : baseline.layers) {
+    if (!layer.quality) return std::nullopt;
+    mean.recall += layer.quality->recall / layers;
+    mean.captured += layer.quality->captured / layers;
+  }
+  return mean;
+}
+
+QualityRow row_of(const Baseline& baseline, const ModelConfig& config, const EvalResult& result) {
+  const BaselineSpec& spec = baseline.spec;
+  const double active_share =
+      baseline_active_share(spec, config.intermediate_size, config.hidden_size);
   return {.method = spec.method,
           .rho = spec.rho,
-          .active_share = baseline_active_share(spec, config.intermediate_size, config.hidden_size),
+          .active_share = active_share,
           .deployable = spec.deployable,
+          .stock = spec.router != BaselineRouter::kRegression,
           .routed = spec.router != BaselineRouter::kNone,
           .perplexity = result.perplexity,
           .kl = result.kl,
-          .top1_agreement = result.top1_agreement};
+          .top1_agreement = result.top1_agreement,
+          .router = mean_quality(baseline),
+          .router_share = active_share - spec.rho};
 }
 
 }  // namespace
@@ -148,9 +176,10 @@ std::vector<BaselineSpec> baseline_specs(BaselineSet set, std::int64_t hidden, d
   specs.push_back(static_row("static mask", hidden, rho, BaselineScore::kEnergy, false));
   if (set == BaselineSet::kAll) {
     add_split_rows(hidden, rho, specs);
-    specs.push_back(shared_ridge(hidden, rho, false));
+    specs.push_back(shared_kmeans(hidden, rho, BaselineRouter::kRidge, false));
+    specs.push_back(shared_kmeans(hidden, rho, BaselineRouter::kRegression, false));
   }
-  specs.push_back(shared_ridge(hidden, rho, true));
+  specs.push_back(shared_kmeans(hidden, rho, BaselineRouter::kRidge, true));
   specs.push_back(neuron_oracle(hidden, rho));
   for (BaselineSpec& spec : specs) spec.seed = seed;
   return specs;
@@ -191,6 +220,9 @@ double baseline_active_share(const BaselineSpec& spec, std::int64_t hidden, std:
     case BaselineRouter::kRidgeBias:
       router = E * D;
       break;
+    case BaselineRouter::kRegression:
+      router = static_cast<double>(RegressionSpec{}.width) * (D + E);
+      break;
     case BaselineRouter::kRepresentative:
       router = 2.0 * E * D;
       break;
@@ -209,7 +241,7 @@ std::vector<QualityRow> measure_baselines(Model& dense, std::span<const Baseline
     const HiddenStates states = baseline_states(dense, baseline, text);
     const EvalResult result = evaluate(
         dense, text, {.reference = &dense, .reference_states = &dense_states, .states = &states});
-    rows.push_back(row_of(baseline.spec, dense.config(), result));
+    rows.push_back(row_of(baseline, dense.config(), result));
     if (progress)
       progress(baseline.spec.method, static_cast<std::int64_t>(rows.size()),
                static_cast<std::int64_t>(baselines.size()));

@@ -38,15 +38,22 @@ std::string joined(const std::vector<std::string>& parts) {
 }
 
 OrderedJson row_json(const QualityRow& row) {
-  return {{"method", row.method},
-          {"rho", row.rho},
-          {"active_share", row.active_share},
-          {"deployable", row.deployable},
-          {"routed", row.routed},
-          {"ours", row.ours},
-          {"perplexity", row.perplexity},
-          {"kl", row.kl},
-          {"top1_agreement", row.top1_agreement}};
+  OrderedJson json{{"method", row.method},
+                   {"rho", row.rho},
+                   {"active_share", row.active_share},
+                   {"deployable", row.deployable},
+                   {"stock", row.stock},
+                   {"routed", row.routed},
+                   {"ours", row.ours},
+                   {"perplexity", row.perplexity},
+                   {"kl", row.kl},
+                   {"top1_agreement", row.top1_agreement}};
+  if (row.router) {
+    json["router_share"] = row.router_share;
+    json["router_recall"] = row.router->recall;
+    json["captured_energy"] = row.router->captured;
+  }
+  return json;
 }
 
 OrderedJson texts_json(const ConversionReport& report) {

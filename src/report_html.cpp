@@ -175,6 +175,25 @@ std::string layers_part(const ConversionReport& report) {
       kDarkestLoad, load_map(report));
 }
 
+std::string routers_part(const ConversionReport& report) {
+  const std::vector<const QualityRow*> rows = fitted_rows(report);
+  if (rows.empty()) return {};
+  std::string out =
+      "<h2>Routers of the baselines</h2><p class=\"soft\">On the calibration text, mean over "
+      "layers: "
+      "multiply-adds over the dense FFN's, share of the oracle's experts that are chosen, their "
+      "energy over the oracle's.</p>\n<div class=\"scroll\"><table><tr><th "
+      "class=\"name\">method</th>"
+      "<th class=\"name\">kind</th><th>multiply-adds</th><th>recall</th><th>captured</th></tr>\n";
+  for (const QualityRow* row : rows)
+    out += fmt::format(
+        R"(<tr><td class="name">{}</td><td class="name">{}</td><td>{}</td><td>{:.3f}</td><td>{:.3f}</td></tr>)"
+        "\n",
+        escape_markup(row->method), row_kind(*row), share_percent(row->router_share),
+        row->router->recall, row->router->captured);
+  return out + "</table></div>\n";
+}
+
 std::string facts(const ConversionReport& report) {
   std::string timings;
   for (const auto& [what, seconds] : report.timings_s)
@@ -201,8 +220,8 @@ std::string report_html(const ConversionReport& report) {
   std::string texts;
   for (const TextReport& text : report.texts)
     texts += fmt::format(
-        "<h2>{}</h2><p class=\"soft\">{} windows of {} tokens. Hollow points are oracles, which "
-        "cannot be deployed.</p>\n{}{}",
+        "<h2>{}</h2><p class=\"soft\">{} windows of {} tokens. Hollow points cannot be "
+        "deployed: oracles, and routers that no stock class holds.</p>\n{}{}",
         escape_markup(text.name), text.windows, text.context, quality_plot(text), table_of(text));
   return fmt::format(
       "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
@@ -215,7 +234,7 @@ std::string report_html(const ConversionReport& report) {
       "nats.</p>\n{6}{7}{8}</body></html>\n",
       escape_markup(report.model), kStyle, escape_markup(verdict(report)),
       escape_markup(report.dense), escape_markup(report.tool_version), share_percent(report.rho),
-      texts, layers_part(report), facts(report));
+      texts, routers_part(report) + layers_part(report), facts(report));
 }
 
 }  // namespace cleave

@@ -56,6 +56,23 @@ std::string layer_table(const ConversionReport& report) {
   return out + "\n";
 }
 
+std::string router_table(const ConversionReport& report) {
+  const std::vector<const QualityRow*> rows = fitted_rows(report);
+  if (rows.empty()) return {};
+  std::string out =
+      "## Routers of the baselines\n\n"
+      "On the calibration text, mean over layers. Recall and captured energy as below; "
+      "multiply-adds "
+      "of the router over the\ndense FFN's.\n\n"
+      "| method | kind | multiply-adds | recall | captured |\n"
+      "|---|---|---|---|---|\n";
+  for (const QualityRow* row : rows)
+    out +=
+        fmt::format("| {} | {} | {} | {:.3f} | {:.3f} |\n", cell(row->method), row_kind(*row),
+                    share_percent(row->router_share), row->router->recall, row->router->captured);
+  return out + "\n";
+}
+
 }  // namespace
 
 std::string report_markdown(const ConversionReport& report) {
@@ -64,14 +81,14 @@ std::string report_markdown(const ConversionReport& report) {
       "Multiply-adds per token: {} dense, {} converted (FFN {} -> {}, routers {}).\n\n"
       "Disjoint windows, no BOS, every token but a window's first is predicted. KL is KL(dense || "
       "row) in nats. rho is the share\nof the FFN's neurons that runs per token. An oracle sees "
-      "the "
-      "experts' outputs and cannot be deployed.\n\n",
+      "the experts' outputs and cannot be deployed;\nneither can a row of the kind \"no stock "
+      "class\", whose router is more than one matrix.\n\n",
       verdict(report), cell(report.model), cell(report.dense), report.tool_version,
       report.calibration_tokens, report.calibration.empty() ? "no text" : cell(report.calibration),
       report.seed, report.dense_macs_per_token, report.macs_per_token,
       report.dense_ffn_macs_per_token, report.ffn_macs_per_token, report.router_macs_per_token);
   for (const TextReport& text : report.texts) out += quality_table(text);
-  out += layer_table(report);
+  out += router_table(report) + layer_table(report);
   if (!report.timings_s.empty()) out += "## Time\n\n| what | seconds |\n|---|---|\n";
   for (const auto& [what, seconds] : report.timings_s)
     out += fmt::format("| {} | {:.1f} |\n", cell(what), seconds);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "cleave/report.h"
 
@@ -13,9 +14,20 @@ std::string short_number(double value);   ///< "0.383", "2494"
 /// What kind of row it is, in a word or two.
 inline const char* row_kind(const QualityRow& row) {
   if (row.ours) return "this conversion";
+  if (!row.stock) return "no stock class";
   if (!row.deployable) return "oracle";
   if (row.routed) return "routed";
   return row.rho < 1.0 ? "pruning" : "dense";
+}
+
+/// The baselines whose routers were fitted. That happened on the calibration text, so any text's
+/// rows tell the same.
+inline std::vector<const QualityRow*> fitted_rows(const ConversionReport& report) {
+  std::vector<const QualityRow*> rows;
+  if (report.texts.empty()) return rows;
+  for (const QualityRow& row : report.texts.front().rows)
+    if (row.router) rows.push_back(&row);
+  return rows;
 }
 
 }  // namespace cleave

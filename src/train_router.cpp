@@ -7,15 +7,13 @@
 #include <random>
 
 #include "cleave/fit_router.h"
+#include "descent.h"
 #include "fail.h"
-#include "kernels/dispatch.h"
-#include "support/random.h"
 
 namespace cleave {
 namespace {
 
 constexpr std::int64_t kScaleTokens = 2048;  // on which the spread of the logits is measured
-constexpr double kMomentum = 0.9, kSquareMomentum = 0.99, kEpsilon = 1e-8;
 
 /// Halfway between the K-th and the next largest value: what K of them lie above. -infinity for
 /// K = E.
@@ -41,14 +39,18 @@ class RouterTraining {
   RouterTraining(MatrixView<const float> x, MatrixView<const float> gain, std::int64_t k,
                  const LinearRouter& start, const RouterTrainSpec& spec, RouterLoss loss,
                  const ParallelFor& parallel)
-      : x_(x), gain_(gain), k_(k), spec_(spec), loss_(loss), parallel_(parallel), rng_(spec.seed) {
-    router_ = start;
+      : x_(x),
+        gain_(gain),
+        k_(k),
+        spec_(spec),
+        loss_(loss),
+        parallel_(parallel),
+        rng_(spec.seed),
+        router_(start),
+        adam_(start.weight.size()),
+        gradient_(start.weight.size()),
+        batch_(spec.batch, x.cols) {
     normalise_logits(x_, router_, parallel_);
-    const std::size_t size = router_.weight.size();
-    gradient_.resize(size);
-    mean_.assign(size, 0.0f);
-    square_.assign(size, 0.0f);
-    batch_x_.resize(static_cast<std::size_t>(spec.batch * x.cols));
     logits_.resize(static_cast<std::size_t>(spec.batch * gain.cols));
     gain_border_.resize(static_cast<std::size_t>(x.rows));
     parallel_(x.rows, 256, [&](std::int64_t begin, std::int64_t end) {
@@ -59,29 +61,21 @@ class RouterTraining {
   }
 
   LinearRouter run() {
+    const MatrixView<const float> by_logit(logits_.data(), spec_.batch, gain_.cols);
     for (std::int64_t step = 0; step < spec_.steps; ++step) {
-      draw_batch();
+      batch_.draw(x_, rng_);
       logit_gradients();
-      weight_gradient();
-      descend(step);
+      weight_gradient(by_logit, batch_.rows(), gradient_, parallel_);
+      adam_.step(gradient_, falling_rate(spec_.rate, step, spec_.steps), router_.weight);
     }
     return std::move(router_);
   }
 
  private:
-  void draw_batch() {
-    tokens_.resize(static_cast<std::size_t>(spec_.batch));
-    for (std::int64_t& t : tokens_)
-      t = static_cast<std::int64_t>(bounded_draw(rng_, static_cast<std::uint64_t>(x_.rows)));
-    for (std::int64_t i = 0; i < spec_.batch; ++i)
-      std::copy_n(x_.row(tokens_[i]), x_.cols, batch_x_.data() + i * x_.cols);
-  }
-
   /// logits_ becomes the gradient of the loss with respect to the logits.
   void logit_gradients() {
     const std::int64_t E = gain_.cols;
-    linear({batch_x_.data(), spec_.batch, x_.cols}, router_.view(), {},
-           {logits_.data(), spec_.batch, E}, parallel_);
+    linear(batch_.rows(), router_.view(), {}, {logits_.data(), spec_.batch, E}, parallel_);
     const auto factor =
         static_cast<float>(1.0 / (spec_.temperature * static_cast<double>(spec_.batch)));
     const auto sharpness = static_cast<float>(1.0 / spec_.temperature);
@@ -89,39 +83,14 @@ class RouterTraining {
       std::vector<float> scratch;
       for (std::int64_t i = begin; i < end; ++i) {
         float* z = logits_.data() + i * E;
-        const float* gain = gain_.row(tokens_[i]);
-        const float middle = border(z, E, k_, scratch), gain_middle = gain_border_[tokens_[i]];
+        const float* gain = gain_.row(batch_.token(i));
+        const float middle = border(z, E, k_, scratch), gain_middle = gain_border_[batch_.token(i)];
         for (std::int64_t e = 0; e < E; ++e) {
           const float p = 1.0f / (1.0f + std::exp((middle - z[e]) * sharpness));
           z[e] = factor * slope(loss_, gain[e] - gain_middle, p);
         }
       }
     });
-  }
-
-  void weight_gradient() {
-    const std::int64_t E = gain_.cols, D = x_.cols, B = spec_.batch;
-    std::fill(gradient_.begin(), gradient_.end(), 0.0f);
-    parallel_(D, 64, [&](std::int64_t begin, std::int64_t end) {
-      gram_kernels().product_tn({logits_.data(), B, E, E},
-                                {batch_x_.data() + begin, B, end - begin, D},
-                                {gradient_.data() + begin, E, end - begin, D});
-    });
-  }
-
-  void descend(std::int64_t step) {  // Adam, arXiv:1412.6980
-    const double rate =
-        spec_.rate * (1.0 - static_cast<double>(step) / static_cast<double>(spec_.steps));
-    const double first = 1.0 - std::pow(kMomentum, static_cast<double>(step + 1));
-    const double second = 1.0 - std::pow(kSquareMomentum, static_cast<double>(step + 1));
-    for (std::size_t i = 0; i < gradient_.size(); ++i) {
-      const double g = gradient_[i];
-      mean_[i] = static_cast<float>(kMomentum * mean_[i] + (1.0 - kMomentum) * g);
-      square_[i] =
-          static_cast<float>(kSquareMomentum * square_[i] + (1.0 - kSquareMomentum) * g * g);
-      router_.weight[i] -= static_cast<float>(rate * (mean_[i] / first) /
-                                              (std::sqrt(square_[i] / second) + kEpsilon));
-    }
   }
 
   MatrixView<const float> x_, gain_;
@@ -131,10 +100,11 @@ class RouterTraining {
   const ParallelFor& parallel_;
   std::mt19937_64 rng_;
   LinearRouter router_;
-  std::vector<float> gradient_, mean_, square_;  // [E, D]
-  std::vector<float> batch_x_, logits_;          // [batch, D], [batch, E]
-  std::vector<float> gain_border_;               // [T]
-  std::vector<std::int64_t> tokens_;             // [batch]
+  Adam adam_;
+  std::vector<float> gradient_;  // [E, D]
+  TokenBatch batch_;
+  std::vector<float> logits_;       // [batch, E]
+  std::vector<float> gain_border_;  // [T]
 };
 
 void check_training(const char* function, MatrixView<const float> x, MatrixView<const float> gain,

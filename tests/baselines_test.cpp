@@ -83,7 +83,7 @@ TEST_F(Baselines, WithEverythingOnTheyAreTheDenseModel) {
   Model model = dense();
   const HiddenStates expected = hidden_states(model, text_);
   const auto specs = baseline_specs(BaselineSet::kAll, kHidden, 1.0);
-  EXPECT_EQ(specs.size(), 17u);
+  EXPECT_EQ(specs.size(), 19u);
   for (const Baseline& baseline : prepare_baselines(model, text_, specs)) {
     SCOPED_TRACE(baseline.spec.method);
     EXPECT_EQ(baseline.spec.rho, 1.0);
@@ -245,6 +245,41 @@ TEST_F(Baselines, TheResultDoesNotDependOnTheThreads) {
   }
 }
 
+TEST_F(Baselines, ARegressionRowChoosesByItsRouter) {
+  Model model = dense();
+  const auto specs = baseline_specs(BaselineSet::kAll, kHidden, 0.5, 3);
+  const auto found = std::find_if(specs.begin(), specs.end(), [](const BaselineSpec& spec) {
+    return spec.method == "k-means on gate rows, E 32, regression MLP router";
+  });
+  ASSERT_NE(found, specs.end());
+  EXPECT_FALSE(found->deployable);
+  std::vector<BaselineSpec> budgets = {*found, *found};  // of one partition: one router
+  budgets[1].experts_per_token = 4;
+  const auto baselines = prepare_baselines(model, text_, budgets);
+  const BaselineLayer& layer = baselines[0].layers[1];
+  EXPECT_EQ(layer.regression.weight, baselines[1].layers[1].regression.weight);
+  EXPECT_NE(layer.regression.weight, baselines[0].layers[0].regression.weight);
+  EXPECT_LE(baselines[1].layers[1].quality->recall, 1.0);
+  EXPECT_NE(layer.quality->recall, baselines[1].layers[1].quality->recall);
+
+  const DenseFfn ffn = model.dense_ffn(1);
+  const auto x = testing::random_values(5 * 16, 3, 1.0);
+  std::vector<float> h(5 * kHidden), scores(5 * 32);
+  hidden_activations(ffn.view(), {x.data(), 5, 16}, {h.data(), 5, kHidden}, {}, {});
+  std::vector<std::uint8_t> on(5 * 32);
+  MaskedFfn(ffn, *found, layer).choose({x.data(), 5, 16}, {h.data(), 5, kHidden}, on.data(), {});
+  regression_scores(layer.regression, {x.data(), 5, 16}, {scores.data(), 5, 32}, {});
+  for (std::int64_t t = 0; t < 5; ++t)
+    for (std::int64_t e = 0; e < 32; ++e) {
+      std::int64_t above = 0;
+      for (std::int64_t other = 0; other < 32; ++other)
+        above += scores[t * 32 + other] > scores[t * 32 + e] ? 1 : 0;
+      EXPECT_EQ(on[t * 32 + e], above < found->experts_per_token ? 1 : 0) << t << " " << e;
+    }
+  const double router = 128.0 * (16 + 32) / (3.0 * kHidden * 16);
+  EXPECT_NEAR(baseline_active_share(*found, kHidden, 16), found->rho + router, 1e-12);
+}
+
 TEST_F(Baselines, RefusesWhatMakesNoSense) {
   Model model = dense();
   EXPECT_THROW(baseline_specs(BaselineSet::kAll, kHidden, 0.0), InvalidArgument);
@@ -271,7 +306,8 @@ TEST_F(Baselines, BudgetsAreWhatTheRowsSay) {
                                 : static_cast<double>((1536 - spec.shared) / spec.num_experts *
                                                       spec.experts_per_token);
       EXPECT_EQ(static_cast<double>(spec.shared) + routed, rho * 1536);
-      EXPECT_EQ(spec.deployable, spec.method.find("oracle") == std::string::npos);
+      EXPECT_EQ(spec.deployable, spec.method.find("oracle") == std::string::npos &&
+                                     spec.method.find("MLP") == std::string::npos);
       EXPECT_GE(baseline_active_share(spec, 1536, 576), rho);
     }
   const auto specs = baseline_specs(BaselineSet::kAll, 1536, 0.75);
@@ -339,16 +375,30 @@ TEST(BaselinesOfTheDemoModel, StandInTheExpectedOrder) {
                                         EXPECT_EQ(all, static_cast<std::int64_t>(specs.size()));
                                       });
   EXPECT_EQ(seen.size(), specs.size());
-  std::map<std::string, double> kl;
+  std::map<std::string, double> kl, recall;
   for (const QualityRow& row : rows) {
     SCOPED_TRACE(row.method);
     EXPECT_TRUE(std::isfinite(row.kl) && row.kl > 0.0);
     EXPECT_TRUE(std::isfinite(row.perplexity) && row.perplexity > 1.0);
     kl[row.method] = row.kl;
+    const bool ridge = row.method.find("ridge") != std::string::npos,
+               mlp = row.method.find("MLP") != std::string::npos;
+    EXPECT_EQ(row.stock, !mlp);
+    ASSERT_EQ(row.router.has_value(), ridge || mlp);
+    if (row.router) {
+      EXPECT_TRUE(row.router->recall > 0.5 && row.router->recall < 1.0) << row.router->recall;
+      EXPECT_TRUE(row.router->captured > row.router->recall && row.router->captured < 1.0);
+      recall[row.method] = row.router->recall;
+    }
     RecordProperty(row.method, fmt::format("{:.4f}", row.kl));
   }
   for (const auto& [method, value] : kl) EXPECT_LE(kl.at("neuron oracle"), value) << method;
   EXPECT_LT(kl.at("random split, E 8, oracle router"), kl.at("random split, E 8, random router"));
+  // With the same experts, a router of more layers is nearer to what they do.
+  EXPECT_GT(recall.at("k-means on gate rows, E 32, regression MLP router"),
+            recall.at("k-means on gate rows, E 32, ridge router"));
+  EXPECT_GT(recall.at("half shared, k-means width 16, regression MLP router"),
+            recall.at("half shared, k-means width 16, ridge router"));
 }
 
 }  // namespace

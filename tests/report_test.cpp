@@ -155,6 +155,31 @@ TEST(Report, MarkdownTablesSurviveBars) {
   EXPECT_NE(markdown.find("| neuron oracle | oracle |"), std::string::npos);
 }
 
+TEST(Report, ARouterThatNoStockClassHoldsIsNoOracle) {
+  ConversionReport report = example_report(0.9);
+  EXPECT_EQ(report_markdown(report).find("## Routers of the baselines"), std::string::npos);
+  QualityRow row = quality("regression MLP router", 0.01, false, true);
+  row.stock = false;
+  row.router = RouterQuality{0.75, 0.875};
+  row.router_share = 0.0625;
+  for (TextReport& text : report.texts) text.rows.push_back(row);
+  EXPECT_EQ(verdict(report), verdict(example_report(0.9)));  // nothing that one could use instead
+  const std::string markdown = report_markdown(report);
+  EXPECT_NE(markdown.find("| regression MLP router | no stock class | 0.5 |"), std::string::npos);
+  EXPECT_NE(markdown.find("| regression MLP router | no stock class | 6.25 % | 0.750 | 0.875 |"),
+            std::string::npos);
+  EXPECT_NE(report_html(report).find("<td>6.25 %</td><td>0.750</td><td>0.875</td>"),
+            std::string::npos);
+  const auto rows = nlohmann::json::parse(report_json(report)).at("texts").at(0).at("rows");
+  EXPECT_EQ(rows.back().at("stock"), false);
+  EXPECT_EQ(rows.back().at("deployable"), false);
+  EXPECT_EQ(rows.back().at("router_recall"), 0.75);
+  EXPECT_EQ(rows.back().at("captured_energy"), 0.875);
+  EXPECT_EQ(rows.back().at("router_share"), 0.0625);
+  EXPECT_EQ(rows.at(4).at("stock"), true);  // the oracle: it lacks not the class but the knowledge
+  EXPECT_FALSE(rows.at(4).contains("router_recall"));
+}
+
 TEST(Report, TicksAreRoundAndInside) {
   EXPECT_EQ(axis_ticks({"", 0.3, 12.0, true}), (std::vector<double>{0.5, 1.0, 2.0, 5.0, 10.0}));
   const auto ticks = axis_ticks({"", 0.0, 1.1});

@@ -9,6 +9,7 @@
 
 #include "cleave/evaluate.h"
 #include "cleave/model.h"
+#include "cleave/regression_router.h"
 #include "cleave/routing.h"
 #include "cleave/text.h"
 
@@ -42,6 +43,7 @@ enum class BaselineRouter {
   kRandom,          ///< a linear router of random normal weights
   kRidge,           ///< RouterFit on |expert_e(x)| relative to the token's mean
   kRidgeBias,       ///< the same with a bias (a constant input)
+  kRegression,      ///< fit_regression_router() on |expert_e(x)|: D2DMoE, arXiv:2310.04361
   kRepresentative,  ///< the K largest |h_R| of one neuron per expert: CMoE
 };
 
@@ -55,6 +57,7 @@ enum class BaselineScore {
 struct BaselineSpec {
   std::string method = {};  ///< what a table calls it
   double rho = 1.0;         ///< share of the H neurons that runs per token
+  /// false: an oracle, or a router that no stock class holds (BaselineRouter::kRegression)
   bool deployable = true;
   BaselineSplit split = BaselineSplit::kNone;
   BaselineRouter router = BaselineRouter::kNone;
@@ -86,7 +89,10 @@ struct BaselineLayer {
   std::vector<float> off_value;                ///< [H] what h_j is while off; empty: 0
   LinearRouter router;                         ///< kRandom, kRidge, kRidgeBias
   std::vector<float> router_bias;              ///< [E], kRidgeBias
+  RegressionRouter regression;                 ///< kRegression
   std::vector<std::int32_t> representatives;   ///< [E] neurons, kRepresentative
+  /// Of a router that is fitted: on the calibration text, without first tokens of windows.
+  std::optional<RouterQuality> quality = {};
 };
 
 /// A baseline with what it learned from the calibration text. A few numbers per neuron.
@@ -103,8 +109,9 @@ using BaselineProgress = std::function<void(const std::string&, std::int64_t, st
 /// all tokens, as their papers take them; routers and the means of what they switch off leave out
 /// the first token of each window, an attention sink with up to 96 % of a layer's energy.
 ///
-/// Holds 2 * tokens * D floats, and tokens * H where that is below half a gigabyte (else h is
-/// computed again). The same input gives the same result for any number of threads up to rounding.
+/// Holds 2 * tokens * D floats, tokens * E a fitted partition, and tokens * H where that is below
+/// half a gigabyte (else h is computed again). The same input gives the same result for any number
+/// of threads up to rounding.
 ///
 /// @param progress  called with (what, done, all)
 /// @throws InvalidArgument  the model holds experts, the text has no window of 2 tokens, a spec
@@ -126,10 +133,14 @@ struct QualityRow {
   std::string method;
   double rho = 1.0;           ///< share of the FFN's neurons that runs per token
   double active_share = 1.0;  ///< multiply-adds of FFN and router over the dense FFN's
-  bool deployable = true;     ///< false: an oracle
+  bool deployable = true;     ///< false: an oracle, or `stock` is false
+  bool stock = true;          ///< false: no stock class holds its router
   bool routed = false;        ///< false: the same neurons for every token
   bool ours = false;          ///< a conversion that a report is about; false: a baseline
   double perplexity = 0.0, kl = 0.0, top1_agreement = 1.0;  ///< see EvalResult
+  /// Of a baseline with a fitted router: on the calibration text, mean over layers.
+  std::optional<RouterQuality> router = {};
+  double router_share = 0.0;  ///< multiply-adds of the router over the dense FFN's, in active_share
 };
 
 /// Evaluates baselines on a text: one forward pass a row; the dense model's logits come from

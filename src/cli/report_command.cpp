@@ -27,14 +27,19 @@ std::string calibration_name(const ReportOptions& options) {
   return names;
 }
 
+/// The method, and why it cannot be deployed.
+std::string marked(const QualityRow& row) {
+  if (row.deployable) return row.method;
+  return row.method + (row.stock ? " (oracle)" : " (no stock class)");
+}
+
 std::string table_text(const ConversionReport& report) {
   std::string text;
   for (const TextReport& of : report.texts) {
-    text += fmt::format("\n{} ({} windows of {})\n{:<58} {:>5} {:>10} {:>9} {:>6}\n", of.name,
+    text += fmt::format("\n{} ({} windows of {})\n{:<70} {:>5} {:>10} {:>9} {:>6}\n", of.name,
                         of.windows, of.context, "method", "rho", "perplexity", "KL", "top-1");
     for (const QualityRow& row : of.rows)
-      text += fmt::format("{:<58} {:5.3g} {:10.4g} {:9.4f} {:6.3f}\n",
-                          row.deployable ? row.method : row.method + " (oracle)", row.rho,
+      text += fmt::format("{:<70} {:5.3g} {:10.4g} {:9.4f} {:6.3f}\n", marked(row), row.rho,
                           row.perplexity, row.kl, row.top1_agreement);
   }
   return text;
