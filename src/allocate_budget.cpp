@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <numeric>
 #include <utility>
 
 #include "cleave/evaluate.h"
@@ -207,27 +209,37 @@ class AllocationTrials {
         converted_(Model::load(source, {.threads = spec.threads})),
         spec_(spec),
         text_(text),
-        progress_(progress),
-        states_(hidden_states(dense, text.apart)) {}
+        progress_(progress) {
+    for (std::int64_t w = 0; w < text.apart.count(); ++w)
+      states_.push_back(hidden_states(dense, pick_windows(text.apart, {w}, text.apart.context)));
+  }
 
   double screen(const std::vector<std::int64_t>& shared_widths) {
-    BudgetSpec spec = quick_spec(spec_);
-    return measure(convert_layers(dense_, spec, shared_widths, text_.quick, named("screen")));
+    return mean(measure(
+        convert_layers(dense_, quick_spec(spec_), shared_widths, text_.quick, named("screen"))));
   }
-  Conversion convert(const std::vector<std::int64_t>& shared_widths, double& kl) {
+  /// @param kl  receives that of each window held apart
+  Conversion convert(const std::vector<std::int64_t>& shared_widths, std::vector<double>& kl) {
     Conversion conversion =
         convert_layers(dense_, spec_, shared_widths, text_.fit, named("convert"));
     kl = measure(conversion);
     return conversion;
   }
+  static double mean(const std::vector<double>& values) {
+    return std::accumulate(values.begin(), values.end(), 0.0) / static_cast<double>(values.size());
+  }
 
  private:
-  double measure(const Conversion& conversion) {
+  std::vector<double> measure(const Conversion& conversion) {
     for (std::size_t l = 0; l < conversion.layers.size(); ++l)
       converted_.set_moe(static_cast<std::int64_t>(l), conversion.layers[l]);
-    return evaluate(converted_, text_.apart,
-                    EvalSpec{.reference = &dense_, .reference_states = &states_})
-        .kl;
+    std::vector<double> kl;
+    for (std::int64_t w = 0; w < text_.apart.count(); ++w)
+      kl.push_back(evaluate(converted_, pick_windows(text_.apart, {w}, text_.apart.context),
+                            EvalSpec{.reference = &dense_,
+                                     .reference_states = &states_[static_cast<std::size_t>(w)]})
+                       .kl);
+    return kl;
   }
   BudgetProgress named(const char* what) const {
     if (!progress_) return {};
@@ -241,8 +253,13 @@ class AllocationTrials {
   const BudgetSpec& spec_;
   const AllocationText& text_;
   const BudgetProgress& progress_;
-  HiddenStates states_;  // of the dense model on text_.apart
+  std::vector<HiddenStates> states_;  // of the dense model on each window of text_.apart
 };
+
+/// On every window: the mean of a few is easily owned by one.
+bool better_everywhere(const std::vector<double>& kl, const std::vector<double>& than) {
+  return std::equal(kl.begin(), kl.end(), than.begin(), std::less<>());
+}
 
 double cost_at(const LayerCost& cost, std::int64_t more) {
   return cost.kl * std::exp(-cost.slope * static_cast<double>(more));
@@ -348,13 +365,13 @@ Conversion convert_allocated(Model& model, const Checkpoint& source, const Budge
     for (AllocationCandidate& candidate : choice.candidates)
       candidate.screening_kl = trials.screen(candidate.shared_widths);
   const std::size_t best = best_screened(choice.candidates);
-  double kl = 0.0;
-  Conversion conversion = trials.convert(choice.candidates[0].shared_widths, kl);
-  choice.candidates[0].kl = kl;
+  std::vector<double> uniform_kl, kl;
+  Conversion conversion = trials.convert(choice.candidates[0].shared_widths, uniform_kl);
+  choice.candidates[0].kl = AllocationTrials::mean(uniform_kl);
   if (best != 0) {
     Conversion other = trials.convert(choice.candidates[best].shared_widths, kl);
-    choice.candidates[best].kl = kl;
-    if (kl < *choice.candidates[0].kl) {
+    choice.candidates[best].kl = AllocationTrials::mean(kl);
+    if (better_everywhere(kl, uniform_kl)) {
       choice.chosen = best;
       conversion = std::move(other);
     }

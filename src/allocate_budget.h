@@ -31,8 +31,9 @@ std::vector<std::vector<std::int64_t>> exchange_widths(const std::vector<LayerCo
 /// @throws InvalidArgument  nothing to divide, or too few windows to hold some apart
 void check_allocation(const BudgetShares& shares, const TokenWindows& calibration);
 
-/// Converts with the division of the shared neurons that is best end to end on windows held apart.
-/// Uniform wins ties. @param model  the dense one, of `source`
+/// Converts with the division of the shared neurons that is best end to end on windows held apart:
+/// with the uniform one unless another is better on every one of them. @param model  the dense one,
+/// of `source`
 Conversion convert_allocated(Model& model, const Checkpoint& source, const BudgetSpec& spec,
                              const TokenWindows& calibration, const BudgetProgress& progress);
 

@@ -8,6 +8,7 @@
 #include <iterator>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cleave/error.h"
@@ -142,6 +143,35 @@ TEST_F(Allocated, NeuronsAreKeptLeftOutOrPadded) {
     EXPECT_LT(all.back(), 512);
   }
   EXPECT_GT(conversion.captured_energy[0], conversion.captured_energy[1]);
+}
+
+/// Experts of nothing but padding, and the share of the choices that fall on them.
+std::pair<int, double> empty_experts(const Conversion& conversion, std::size_t l) {
+  const ExpertBank& bank = conversion.layers[l].experts;
+  int count = 0;
+  double load = 0.0, all = 0.0;
+  for (std::int64_t e = 0; e < bank.num_experts(); ++e) {
+    const auto row = bank.neuron_order.begin();
+    const double own = conversion.expert_load[l][static_cast<std::size_t>(e)];
+    all += own;
+    if (std::count(row + bank.begin[e], row + bank.begin[e + 1], ExpertBank::kPadding) <
+        bank.width(e))
+      continue;
+    ++count;
+    load += own;
+  }
+  return {count, load / all};
+}
+
+TEST_F(Allocated, PaddingGathersInExpertsThatAreNotChosen) {
+  spec_.router.steps = 20;
+  spec_.router.batch = 256;
+  for (const RouterMethod method : {RouterMethod::kRidge, RouterMethod::kTrained}) {
+    spec_.router_method = method;
+    const auto [count, share] = empty_experts(with_widths({192, 64, 128, 128}), 0);
+    EXPECT_GE(count, 3) << router_method_name(method);  // of the 4 that 64 rows fill
+    EXPECT_LT(share, 0.01) << router_method_name(method);
+  }
 }
 
 TEST_F(Allocated, WithoutTheRefitEveryRowIsTheDenseModels) {

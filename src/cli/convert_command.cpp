@@ -97,8 +97,9 @@ std::string allocation_text(const Conversion& conversion, const ModelConfig& wri
   const std::string measured =
       fmt::format("KL {:.4f} on {} calibration windows held apart", *chosen.kl, choice.windows);
   if (choice.chosen == 0)
-    return fmt::format("allocation kl: {}, uniform is the best of {} divisions\n", measured,
-                       choice.candidates.size());
+    return fmt::format(
+        "allocation kl: {}; none of {} other divisions beats the uniform one on each of them\n",
+        measured, choice.candidates.size() - 1);
   return fmt::format(
       "allocation kl: {}, uniform {:.4f}; the padding costs a stock loader {:.1f} % more "
       "multiply-adds, cleave none\n",

@@ -81,7 +81,7 @@ expect 2 $convert --active-share 0.5 --shared 0 --allocation kl
 says err.txt 'none do; give another --shared'
 expect 2 $convert --active-share 0.5 --shared 16 --allocation kl
 says err.txt 'all that run do; give another --shared'
-expect 2 $convert --active-share 0.5 --allocation kl --calibration-tokens 512
+expect 2 $small --allocation kl
 says err.txt 'holds 2 windows apart from the fit'
 
 expect 2 $convert --active-share 0.5 --router nearest
