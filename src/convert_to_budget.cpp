@@ -89,7 +89,7 @@ class BudgetConversion {
     };
     // Nothing is routed: the slice takes what it wants of all neurons.
     const std::int64_t size = shares_.active > 0 ? layer_size(shared_widths_[l]) : H;
-    const LayerTokens all = tokens_of(dense);
+    const LayerTokens all = tokens_of(dense);  // what it looks at moves along, and stays in place
     const ResizedLayer layer =
         resize_layer(std::move(dense), all, hidden(std::max(H, size)), size, parallel_);
     const Capture capture = split(tokens_of(layer.source), l);

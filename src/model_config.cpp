@@ -259,9 +259,8 @@ ModelCost model_cost(const ModelConfig& c) {
   cost.ffn_parameters = c.num_layers * (stored * expert + router) + shared_macs;
   cost.parameters = c.num_layers * (attention + norms) + cost.ffn_parameters + c.hidden_size +
                     head * (c.tie_word_embeddings ? 1 : 2);
-  cost.active_parameters =
-      c.num_layers * (attention + norms + active * expert + router) + shared_macs + c.hidden_size +
-      head;
+  cost.active_parameters = c.num_layers * (attention + norms + active * expert + router) +
+                           shared_macs + c.hidden_size + head;
   cost.ffn_macs_per_token = c.num_layers * active * expert_macs + shared_macs;
   cost.shared_macs_per_token = shared_macs;
   cost.whole_ffn_macs = c.num_layers * stored * expert_macs + shared_macs;
