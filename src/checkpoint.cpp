@@ -4,6 +4,7 @@
 #include <bit>
 #include <map>
 
+#include "cleave/export.h"
 #include "decoder_tensors.h"
 #include "fail.h"
 #include "gguf_tokenizer.h"
@@ -113,6 +114,44 @@ std::vector<std::uint64_t> hash_pieces(std::span<const std::byte> bytes) {
   return hashes;
 }
 
+bool is_zero(std::span<const std::byte> bytes, DType dtype) {
+  std::vector<float> values(bytes.size() / static_cast<std::size_t>(dtype_bytes(dtype, 1)));
+  decode(dtype, bytes, values);
+  return std::all_of(values.begin(), values.end(), [](float value) { return value == 0.0f; });
+}
+
+/// Rows of a shared slice up to the last one whose gate and up weights are not all zero. The others
+/// add exactly nothing, whatever `down` holds: act(0) * 0. `width` where the tensor is not what it
+/// should be; who loads it says so.
+std::int64_t unpadded_width(const ModelFiles& files, std::int64_t layer, std::int64_t width) {
+  const auto found = find_tensor(files.infos, GraniteMoeNames::shared_input(layer));
+  if (!found) return width;
+  const TensorInfo& info = files.infos[*found];
+  const bool plain =
+      info.dtype == DType::kF32 || info.dtype == DType::kF16 || info.dtype == DType::kBF16;
+  const std::vector<std::int64_t> shape{2 * width, files.config.hidden_size};
+  if (!plain || info.shape != shape) return width;
+  const auto bytes = static_cast<std::size_t>(dtype_bytes(info.dtype, shape[1]));
+  const auto row = [&](std::int64_t r) {
+    return files.stored[*found].bytes.subspan(static_cast<std::size_t>(r) * bytes, bytes);
+  };
+  while (width > 0 && is_zero(row(width - 1), info.dtype) &&
+         is_zero(row(shape[0] / 2 + width - 1), info.dtype))
+    --width;
+  return width;
+}
+
+/// ModelConfig::shared_widths.
+std::vector<std::int64_t> find_shared_widths(const ModelFiles& files) {
+  const ModelConfig& c = files.config;
+  if (!has_fused_experts(c.family) || c.shared_intermediate_size == 0) return {};
+  std::vector<std::int64_t> widths;
+  for (std::int64_t l = 0; l < c.num_layers; ++l)
+    widths.push_back(unpadded_width(files, l, c.shared_intermediate_size));
+  const auto whole = std::count(widths.begin(), widths.end(), c.shared_intermediate_size);
+  return whole == c.num_layers ? std::vector<std::int64_t>() : widths;
+}
+
 }  // namespace
 
 struct Checkpoint::Impl {
@@ -129,6 +168,7 @@ Checkpoint Checkpoint::open(const fs::path& path) {
   try {
     auto impl = std::make_unique<Impl>(Impl{path, open_files(path)});
     impl->files.config.dtype = matrix_dtype(impl->files.infos, impl->files.config.dtype);
+    impl->files.config.shared_widths = find_shared_widths(impl->files);
     return Checkpoint(std::move(impl));
   } catch (const fs::filesystem_error& error) {  // a folder that may not be entered
     fail_file("{}: {}", path.string(), error.code().message());

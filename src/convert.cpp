@@ -202,6 +202,20 @@ void attach_fitted_routers(const ConvertSpec& spec, std::vector<LayerStatistics>
   }
 }
 
+nlohmann::json allocation_json(const AllocationChoice& choice) {
+  nlohmann::json candidates = nlohmann::json::array();
+  for (const AllocationCandidate& candidate : choice.candidates) {
+    candidates.push_back(
+        {{"shared_widths", candidate.shared_widths}, {"screening_kl", candidate.screening_kl}});
+    if (candidate.kl) candidates.back()["kl"] = *candidate.kl;
+  }
+  return {{"windows", choice.windows},
+          {"layer_kl", choice.layer_kl},
+          {"layer_slope", choice.layer_slope},
+          {"candidates", candidates},
+          {"chosen", choice.chosen}};
+}
+
 nlohmann::json settings_of(const std::string& spec_json, const Conversion& conversion) {
   nlohmann::json settings =
       spec_json.empty() ? nlohmann::json::object()
@@ -214,6 +228,8 @@ nlohmann::json settings_of(const std::string& spec_json, const Conversion& conve
   for (const MoeLayer& layer : conversion.layers) scales.push_back(folded_scale(layer));
   settings["layer_folded_scale"] = scales;
   if (!conversion.layer_error.empty()) settings["layer_error"] = conversion.layer_error;
+  if (conversion.allocation)
+    settings["allocation_choice"] = allocation_json(*conversion.allocation);
   return settings;
 }
 
@@ -248,6 +264,10 @@ DenseFfn as_dense(const ExpertBank& bank) {
 }
 
 }  // namespace
+
+const char* allocation_name(Allocation allocation) {
+  return allocation == Allocation::kKl ? "kl" : "uniform";
+}
 
 const char* scale_policy_name(ScalePolicy policy) {
   switch (policy) {
@@ -310,7 +330,7 @@ void write_conversion(const std::filesystem::path& out, const Checkpoint& source
   provenance.folded_scale = folded_scale(first);
   provenance.router_epsilon = first.gate == GateMode::kHard ? kHardGateEpsilon : 1.0;
   const std::int64_t E = first.experts.num_experts(), I = first.experts.width(0);
-  const std::int64_t shared = first.shared.rows();
+  const std::int64_t shared = widest_shared(conversion.layers);
   provenance.shared_width = shared;
   provenance.shared_experts = shared % I == 0 ? shared / I : 0;
   for (const MoeLayer& layer : conversion.layers) {

@@ -117,10 +117,11 @@ ExpertBank empty_bank(std::int64_t E, std::int64_t I, std::int64_t D, Activation
   return bank;
 }
 
-/// [D, I] of a checkpoint to rows [I, D].
-void transpose_down(const float* down, std::int64_t D, std::int64_t I, float* rows) {
+/// The first `kept` columns of [D, I] of a checkpoint to rows [kept, D].
+void transpose_down(const float* down, std::int64_t D, std::int64_t I, std::int64_t kept,
+                    float* rows) {
   for (std::int64_t c = 0; c < D; ++c)
-    for (std::int64_t j = 0; j < I; ++j) rows[j * D + c] = down[c * I + j];
+    for (std::int64_t j = 0; j < kept; ++j) rows[j * D + c] = down[c * I + j];
 }
 
 }  // namespace
@@ -134,7 +135,7 @@ MoeLayer DecoderPacker::moe_layer(std::int64_t l) const {
     append(MixtralNames::gate(l, e), bank.gate);
     append(MixtralNames::up(l, e), bank.up);
     const std::vector<float> down = floats(MixtralNames::down(l, e));
-    transpose_down(down.data(), D, I, bank.down_t.data() + e * I * D);
+    transpose_down(down.data(), D, I, I, bank.down_t.data() + e * I * D);
   }
   layer.router = {E, D, floats(MixtralNames::router(l))};
   layer.experts_per_token = c_.experts_per_token;
@@ -144,31 +145,33 @@ MoeLayer DecoderPacker::moe_layer(std::int64_t l) const {
 MoeLayer DecoderPacker::fused_moe_layer(std::int64_t l) const {
   const std::int64_t E = c_.num_experts;
   MoeLayer layer;
-  layer.experts = fused_bank(GraniteMoeNames::input(l), GraniteMoeNames::output(l), E);
-  if (c_.shared_intermediate_size > 0)
-    layer.shared =
-        fused_bank(GraniteMoeNames::shared_input(l), GraniteMoeNames::shared_output(l), 1);
+  layer.experts =
+      fused_bank(GraniteMoeNames::input(l), GraniteMoeNames::output(l), E, c_.intermediate_size);
+  if (c_.shared_width(l) > 0)
+    layer.shared = fused_bank(GraniteMoeNames::shared_input(l), GraniteMoeNames::shared_output(l),
+                              1, c_.shared_width(l));
   layer.router = {E, c_.hidden_size, floats(GraniteMoeNames::router(l))};
   layer.experts_per_token = c_.experts_per_token;
   return layer;
 }
 
 /// Experts out of [E, 2I, D], gate rows before up rows, and [E, D, I]; without the first axis one.
+/// Of each the first `width` of its I neurons: the others are padding.
 ExpertBank DecoderPacker::fused_bank(const std::string& input, const std::string& output,
-                                     std::int64_t num_experts) const {
+                                     std::int64_t num_experts, std::int64_t width) const {
   const std::int64_t D = c_.hidden_size, I = source_.info(output).shape.back();
-  ExpertBank bank = empty_bank(num_experts, I, D, c_.activation);
+  ExpertBank bank = empty_bank(num_experts, width, D, c_.activation);
   {
     const std::vector<float> gate_up = floats(input);
     for (std::int64_t e = 0; e < num_experts; ++e) {
       const auto gate = gate_up.begin() + e * 2 * I * D, up = gate + I * D;
-      bank.gate.insert(bank.gate.end(), gate, up);
-      bank.up.insert(bank.up.end(), up, up + I * D);
+      bank.gate.insert(bank.gate.end(), gate, gate + width * D);
+      bank.up.insert(bank.up.end(), up, up + width * D);
     }
   }
   const std::vector<float> down = floats(output);
   for (std::int64_t e = 0; e < num_experts; ++e)
-    transpose_down(down.data() + e * D * I, D, I, bank.down_t.data() + e * I * D);
+    transpose_down(down.data() + e * D * I, D, I, width, bank.down_t.data() + e * width * D);
   return bank;
 }
 

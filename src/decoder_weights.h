@@ -72,7 +72,7 @@ class DecoderPacker {
   MoeLayer moe_layer(std::int64_t l) const;
   MoeLayer fused_moe_layer(std::int64_t l) const;
   ExpertBank fused_bank(const std::string& input, const std::string& output,
-                        std::int64_t num_experts) const;
+                        std::int64_t num_experts, std::int64_t width) const;
   void append(const std::string& name, std::vector<float>& to) const;
 
   const Checkpoint& source_;

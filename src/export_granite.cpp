@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cleave/export.h"
 #include "export_directory.h"
 #include "export_moe.h"
@@ -27,8 +29,6 @@ void check_granite_source(const ModelConfig& source, const char* function) {
   check_no_sliding_window(function, "GraniteMoeShared", source);
 }
 
-std::int64_t shared_width(const MoeLayer& layer) { return layer.shared.rows(); }
-
 /// [E, 2I, D] of a bank whose experts all have the same width.
 std::vector<float> fused_input(const ExpertBank& bank) {
   std::vector<float> all;
@@ -49,7 +49,26 @@ std::vector<float> fused_output(const ExpertBank& bank, float scale) {
   return all;
 }
 
-void add_granite_layer(const MoeLayer& layer, std::int64_t index, std::vector<NamedTensor>& out) {
+/// [2 width, D] of one slice; rows of zeros where it has fewer.
+std::vector<float> padded_input(const ExpertBank& slice, std::int64_t width, std::int64_t D) {
+  const std::int64_t part = width * D;
+  std::vector<float> all(static_cast<std::size_t>(2 * part), 0.0f);
+  std::copy(slice.gate.begin(), slice.gate.end(), all.begin());
+  std::copy(slice.up.begin(), slice.up.end(), all.begin() + part);
+  return all;
+}
+
+/// [D, width], not scaled: its weight is 1. Columns of zeros where the slice has fewer rows.
+std::vector<float> padded_output(const ExpertBank& slice, std::int64_t width, std::int64_t D) {
+  std::vector<float> all(static_cast<std::size_t>(D * width), 0.0f);
+  for (std::int64_t j = 0; j < slice.rows(); ++j)
+    for (std::int64_t d = 0; d < D; ++d) all[d * width + j] = slice.down_t[j * D + d];
+  return all;
+}
+
+/// @param width  of all shared slices
+void add_granite_layer(const MoeLayer& layer, std::int64_t index, std::int64_t width,
+                       std::vector<NamedTensor>& out) {
   const ExpertBank &bank = layer.experts, &shared = layer.shared;
   const std::int64_t E = bank.num_experts(), D = bank.d_model, I = bank.width(0);
   out.push_back(
@@ -59,30 +78,30 @@ void add_granite_layer(const MoeLayer& layer, std::int64_t index, std::vector<Na
   out.push_back({GraniteMoeNames::output(index), {E, D, I}, [&layer] {
                    return fused_output(layer.experts, static_cast<float>(folded_scale(layer)));
                  }});
-  const std::int64_t width = shared_width(layer);
   if (width == 0) return;
-  out.push_back({GraniteMoeNames::shared_input(index), {2 * width, D}, [&shared] {
-                   return fused_input(shared);
+  out.push_back({GraniteMoeNames::shared_input(index), {2 * width, D}, [&shared, width, D] {
+                   return padded_input(shared, width, D);
                  }});
-  out.push_back({GraniteMoeNames::shared_output(index), {D, width}, [&shared] {
-                   return fused_output(shared, 1.0f);  // it is not scaled: its weight is 1
+  out.push_back({GraniteMoeNames::shared_output(index), {D, width}, [&shared, width, D] {
+                   return padded_output(shared, width, D);
                  }});
 }
 
 void check_shared_slices(const ModelConfig& config, std::span<const MoeLayer> layers) {
   for (std::size_t l = 0; l < layers.size(); ++l) {
     check_shared(kGraniteTensors.function, layers[l]);
-    if (shared_width(layers[l]) != shared_width(layers[0]))
-      fail_argument(
-          "{}: layer {} has {} shared neurons, layer 0 has {}; {} has one number for all layers",
-          kGraniteTensors.function, l, shared_width(layers[l]), shared_width(layers[0]),
-          kGraniteTensors.name);
-    if (shared_width(layers[l]) > 0)
+    if (layers[l].shared.rows() > 0)
       check_bank(kGraniteTensors, config, layers[l].shared, "shared experts", l);
   }
 }
 
 }  // namespace
+
+std::int64_t widest_shared(std::span<const MoeLayer> layers) {
+  std::int64_t width = 0;
+  for (const MoeLayer& layer : layers) width = std::max(width, layer.shared.rows());
+  return width;
+}
 
 std::vector<NamedTensor> granite_moe_shared_tensors(const Checkpoint& source,
                                                     std::span<const MoeLayer> layers) {
@@ -92,11 +111,11 @@ std::vector<NamedTensor> granite_moe_shared_tensors(const Checkpoint& source,
   check_shared_slices(config, layers);
   const ExpertBank& bank = layers[0].experts;
   const GraniteMoeSharedShape shape{bank.num_experts(), layers[0].experts_per_token, bank.width(0),
-                                    shared_width(layers[0])};
+                                    widest_shared(layers)};
   std::vector<NamedTensor> tensors =
       backbone_tensors(source, granite_moe_shared_config(config, shape, DType::kF32));
   for (std::size_t l = 0; l < layers.size(); ++l)
-    add_granite_layer(layers[l], static_cast<std::int64_t>(l), tensors);
+    add_granite_layer(layers[l], static_cast<std::int64_t>(l), shape.shared_width, tensors);
   return tensors;
 }
 

@@ -110,7 +110,8 @@ void scatter_rows(const std::vector<float>& rows, const std::vector<std::int32_t
   if (rows.empty()) return;
   dense.resize(static_cast<std::size_t>(hidden * cols), 0.0f);
   for (std::size_t r = 0; r < order.size(); ++r)
-    std::copy_n(rows.data() + r * cols, cols, dense.data() + order[r] * cols);
+    if (order[r] != ExpertBank::kPadding)
+      std::copy_n(rows.data() + r * cols, cols, dense.data() + order[r] * cols);
 }
 
 void scatter_bank(const ExpertBank& bank, DenseFfn& ffn) {
@@ -120,7 +121,7 @@ void scatter_bank(const ExpertBank& bank, DenseFfn& ffn) {
   scatter_rows(bank.gate_bias, bank.neuron_order, 1, hidden, ffn.gate_bias);
   scatter_rows(bank.up_bias, bank.neuron_order, 1, hidden, ffn.up_bias);
   for (std::size_t r = 0; r < bank.neuron_order.size(); ++r)
-    for (std::int64_t d = 0; d < d_model; ++d)
+    for (std::int64_t d = 0; d < d_model && bank.neuron_order[r] != ExpertBank::kPadding; ++d)
       ffn.down[d * hidden + bank.neuron_order[r]] = bank.down_t[r * d_model + d];
 }
 
@@ -169,7 +170,8 @@ DenseFfn to_dense(const ExpertBank& bank, const ExpertBank& shared) {
         "{}, D = {}, or from another kind; give both parts of one FFN",
         bank.dense_hidden, bank.d_model, shared.dense_hidden, shared.d_model));
   std::vector<char> taken(static_cast<std::size_t>(bank.dense_hidden), 0);
-  for (const std::int32_t j : bank.neuron_order) taken[j] = 1;
+  for (const std::int32_t j : bank.neuron_order)
+    if (j != ExpertBank::kPadding) taken[j] = 1;
   for (const std::int32_t j : shared.neuron_order)
     if (taken[j] != 0)
       throw InvalidArgument(

@@ -1,6 +1,8 @@
 #include "model_card.h"
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
+#include <vector>
 
 #include "fail.h"
 
@@ -21,6 +23,32 @@ std::string gate_sentence(const Provenance& p) {
       "Gate: hard, every selected expert counts the same. The router is scaled by {}, which keeps "
       "the choice and brings the softmax weights to 1/K; {} is folded into the down projections.",
       p.router_epsilon, p.folded_scale);
+}
+
+/// Neurons of each shared slice that are no padding; empty where all have as many.
+std::vector<std::int64_t> slice_widths(const ModelConfig& c, const Provenance& p) {
+  std::vector<std::int64_t> widths;
+  for (const auto& neurons : p.shared_neurons)
+    widths.push_back(static_cast<std::int64_t>(neurons.size()));
+  const auto whole = std::count(widths.begin(), widths.end(), c.shared_intermediate_size);
+  return whole == static_cast<std::ptrdiff_t>(widths.size()) ? std::vector<std::int64_t>() : widths;
+}
+
+/// What the padding is and costs; empty without any.
+std::string padding_paragraph(const ModelConfig& c, const Provenance& p) {
+  if (static_cast<std::int64_t>(p.shared_neurons.size()) != c.num_layers) return {};
+  ModelConfig own = c;
+  own.shared_widths = slice_widths(c, p);
+  if (own.shared_widths.empty()) return {};
+  const auto [least, most] =
+      std::minmax_element(own.shared_widths.begin(), own.shared_widths.end());
+  const auto stock = static_cast<double>(model_cost(c).macs_per_token);
+  const auto used = static_cast<double>(model_cost(own).macs_per_token);
+  return fmt::format(
+      "The layers have {} to {} shared neurons and rows of zeros up to {}, which change nothing. "
+      "Stock loaders\ncompute them all the same: {:.1f} % more multiply-adds per token. cleave "
+      "drops them.\n\n",
+      *least, *most, c.shared_intermediate_size, 100.0 * (stock / used - 1.0));
 }
 
 std::string origin_paragraph(const ModelConfig& c, const Provenance& p) {
@@ -78,7 +106,7 @@ tags:
 {origin}
 
 {facts}
-{gate}`cleave.json` holds every setting and the origin of every neuron. License and terms are those of the
+{padding}{gate}`cleave.json` holds every setting and the origin of every neuron. License and terms are those of the
 source model.
 
 ## Use
@@ -102,6 +130,7 @@ cleave generate {name} --prompt "Once upon a time"
       fmt::arg("experts_tag", c.is_moe() ? "- mixture-of-experts\n" : ""),
       fmt::arg("family", family_name(c.family)), fmt::arg("name", name),
       fmt::arg("origin", origin_paragraph(c, p)), fmt::arg("facts", facts_table(c, p)),
+      fmt::arg("padding", padding_paragraph(c, p)),
       fmt::arg("gate", c.is_moe() ? gate_sentence(p) + "\n" : ""));
 }
 

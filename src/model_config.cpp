@@ -246,7 +246,9 @@ ModelCost model_cost(const ModelConfig& c) {
   const std::int64_t expert_macs = 3 * c.hidden_size * c.intermediate_size;
   const std::int64_t expert =
       expert_macs + (c.mlp_bias ? 2 * c.intermediate_size + c.hidden_size : 0);
-  const std::int64_t shared_macs = 3 * c.hidden_size * c.shared_intermediate_size;
+  std::int64_t shared_neurons = 0;  // of all layers
+  for (std::int64_t l = 0; l < c.num_layers; ++l) shared_neurons += c.shared_width(l);
+  const std::int64_t shared_macs = 3 * c.hidden_size * shared_neurons;
   const std::int64_t router = c.num_experts * c.hidden_size;
   const std::int64_t stored = c.is_moe() ? c.num_experts : 1;
   const std::int64_t active = c.is_moe() ? c.experts_per_token : 1;
@@ -254,15 +256,14 @@ ModelCost model_cost(const ModelConfig& c) {
   const std::int64_t head = c.vocab_size * c.hidden_size;
 
   ModelCost cost;
-  cost.ffn_parameters = c.num_layers * (stored * expert + shared_macs + router);
+  cost.ffn_parameters = c.num_layers * (stored * expert + router) + shared_macs;
   cost.parameters = c.num_layers * (attention + norms) + cost.ffn_parameters + c.hidden_size +
                     head * (c.tie_word_embeddings ? 1 : 2);
-  cost.active_parameters =
-      c.num_layers * (attention + norms + active * expert + shared_macs + router) + c.hidden_size +
-      head;
-  cost.ffn_macs_per_token = c.num_layers * (active * expert_macs + shared_macs);
-  cost.shared_macs_per_token = c.num_layers * shared_macs;
-  cost.whole_ffn_macs = c.num_layers * (stored * expert_macs + shared_macs);
+  cost.active_parameters = c.num_layers * (attention + norms + active * expert + router) +
+                           shared_macs + c.hidden_size + head;
+  cost.ffn_macs_per_token = c.num_layers * active * expert_macs + shared_macs;
+  cost.shared_macs_per_token = shared_macs;
+  cost.whole_ffn_macs = c.num_layers * stored * expert_macs + shared_macs;
   cost.router_macs_per_token = c.num_layers * router;
   cost.macs_per_token =
       c.num_layers * attention_macs + cost.ffn_macs_per_token + cost.router_macs_per_token + head;

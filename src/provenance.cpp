@@ -49,7 +49,9 @@ std::vector<std::vector<std::int32_t>> read_neurons(const JsonReader& json, cons
     if (!layer.is_array()) json.fail_type(key, "a list of lists of neurons");
     order.emplace_back();
     for (const auto& neuron : layer) {
-      if (!neuron.is_number_unsigned() || neuron > std::numeric_limits<std::int32_t>::max())
+      const bool is_neuron =
+          neuron.is_number_unsigned() && neuron <= std::numeric_limits<std::int32_t>::max();
+      if (!is_neuron && neuron != ExpertBank::kPadding)
         json.fail_type(key, "a list of lists of neurons");
       order.back().push_back(neuron.get<std::int32_t>());
     }

@@ -275,9 +275,6 @@ TEST_F(SharedModel, RefusesWhatTheFamilyCannotHold) {
   broken[1] = split({.shared = 0}).layers[1];
   expect(broken, "layer 1 differs");
   broken = good.layers;
-  broken[1].shared = {};
-  expect(broken, "0 shared neurons");
-  broken = good.layers;
   broken[0].shared.gate.clear();
   expect(broken, "shared experts have no gate");
   broken = good.layers;

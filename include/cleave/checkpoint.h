@@ -26,7 +26,9 @@ struct TensorInfo {
 };
 
 /// A trained model on disk, memory-mapped: a HuggingFace directory (safetensors, single or sharded)
-/// or a GGUF v3 file. Opening validates every header and touches no weight.
+/// or a GGUF v3 file. Opening validates every header and touches no weight
+/// but the last rows of shared slices, which tell how much of them is padding
+/// (ModelConfig::shared_widths).
 ///
 /// Both kinds look the same from outside: HuggingFace tensor names, shapes [out, in], and the q/k
 /// row order of HuggingFace (a GGUF of the llama family stores them interleaved; `read` undoes it).

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,6 +38,31 @@ struct ConvertSpec {
   int threads = 0;                           ///< 0: all cores
 };
 
+/// How a conversion to a budget divides the always-on neurons among the layers.
+enum class Allocation {
+  kUniform,  ///< equally
+  kKl,       ///< as many in all, by the end-to-end KL that each layer's conversion costs
+};
+/// "uniform", "kl".
+const char* allocation_name(Allocation allocation);
+
+/// One way to divide the shared neurons among the layers.
+struct AllocationCandidate {
+  std::vector<std::int64_t> shared_widths;  ///< [L], multiples of I; all candidates sum to the same
+  double screening_kl = 0.0;                ///< of a quick conversion, on the windows held apart
+  std::optional<double> kl;  ///< of the whole conversion, there; unset: it was not made
+};
+
+/// How Allocation::kKl chose. KL in nats against the dense model, on windows of the calibration
+/// text that nothing was fitted on.
+struct AllocationChoice {
+  std::int64_t windows = 0;         ///< that were held apart
+  std::vector<double> layer_kl;     ///< [L], of the model with only this layer converted (quickly)
+  std::vector<double> layer_slope;  ///< [L], by how much log(error) falls with each expert's width
+  std::vector<AllocationCandidate> candidates;  ///< the first is the uniform one
+  std::size_t chosen = 0;  ///< not 0: better than uniform on every window held apart
+};
+
 /// A converted model, not yet written.
 struct Conversion {
   std::vector<MoeLayer> layers;  ///< [L]
@@ -58,6 +84,7 @@ struct Conversion {
   std::vector<double> oracle_energy;    ///< the same with the K experts of most energy per token
   std::vector<double> router_recall;    ///< share of those K that the router chooses
   std::vector<std::vector<double>> expert_load;  ///< [L][E], share of the tokens that chose it
+  std::optional<AllocationChoice> allocation;    ///< of Allocation::kKl
   /// What a user should know: too little text for the number of unknowns, experts that nobody
   /// chose.
   std::vector<std::string> notices;
@@ -87,6 +114,10 @@ struct BudgetSpec {
   double shared_share = 0.5;       ///< of those neurons, the part that always runs, in [0, 1]
   std::int64_t expert_width = 16;  ///< I; the fine experts of the others
   std::int64_t rounds = 2;         ///< of router and assignment in turn, kCaptured (see docs)
+  /// kKl: every layer keeps E, I and K, and its shared slice a width of its own. Takes about three
+  /// times as long, and two of the windows (of more than 32, one in 16) are held apart from the
+  /// fit.
+  Allocation allocation = Allocation::kUniform;
   BudgetPartition partition = BudgetPartition::kCaptured;
   RouterMethod router_method = RouterMethod::kTrained;
   std::int64_t router_rank = 0;  ///< R of kLowRank, at most E; 0: 32, or E / 2 where that is less
@@ -103,13 +134,16 @@ struct BudgetSpec {
 };
 
 /// Converts a dense model to a budget, layer by layer: each layer is split, its router fitted and
-/// its `down` repaired on what the converted layers before it give. All layers get the same shapes.
-/// Chosen experts weigh 1 (GateMode::kHard, scale 1).
+/// its `down` repaired on what the converted layers before it give. All layers get the same shapes,
+/// but for the shared slices under Allocation::kKl. Chosen experts weigh 1 (GateMode::kHard, scale
+/// 1).
 ///
 /// Holds the residual stream of all calibration tokens and one layer's hidden values:
 /// T * (5 D + H) floats, T * (4 D + H) without the correction.
 /// @throws InvalidArgument  the budget is below one expert or leaves none, a text of no tokens, the
-///                          model is no dense one; and where an activation is not finite
+///                          model is no dense one; Allocation::kKl without a shared slice beside
+///                          experts, or with fewer than 3 windows; and where an activation is not
+///                          finite
 Conversion convert_to_budget(
     const Checkpoint& source, const BudgetSpec& spec, const TokenWindows& calibration,
     const std::function<void(const std::string&, std::int64_t, std::int64_t)>& progress = {});

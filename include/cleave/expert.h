@@ -55,6 +55,8 @@ struct DenseFfn {
 /// neuron_order[r] tells which neuron of the dense FFN row r came from, so that to_dense() can put
 /// it back; expert e owns rows [begin[e], begin[e + 1]).
 struct ExpertBank {
+  /// In neuron_order: a row of zeros, behind which is no neuron.
+  static constexpr std::int32_t kPadding = -1;
   std::int64_t d_model = 0;                ///< D
   std::int64_t dense_hidden = 0;           ///< H of the FFN it was cut from
   std::vector<std::int64_t> begin;         ///< [E + 1], rows; begin[0] = 0

@@ -31,9 +31,11 @@ struct Provenance {
   double router_epsilon = 1.0;  ///< what the router was multiplied by (hard gate: 2^-10)
   std::string router;           ///< "zero", "random", "ridge", "trained"
   std::vector<std::vector<std::int32_t>>
-      neuron_order;  ///< [L][E * I]: dense neuron of every expert row; of a dense FFN's rows
+      neuron_order;  ///< [L][E * I]: dense neuron of every expert row, or ExpertBank::kPadding; of
+                     ///< a dense FFN's rows
   std::vector<std::vector<std::int32_t>> shared_neurons =
-      {};                 ///< [L][S * I]: of every row of the shared slice; empty without any
+      {};  ///< [L][S * I]: of every row of the shared slice that is no padding; empty
+           ///< without any
   std::string spec_json;  ///< the whole command's settings, an object
 };
 /// @throws FileError  malformed. Empty optional where the directory has no cleave.json.
@@ -125,8 +127,12 @@ void write_granite_moe_shared(const std::filesystem::path& out, const Checkpoint
                               std::span<const NamedTensor> tensors, const Provenance& provenance,
                               const WriteSpec& spec);
 
-/// As mixtral_tensors; the shared slices ([L], all of one width, or none) are written as they are,
-/// since their weight is 1.
+/// Rows of the widest shared slice; 0: none has any.
+std::int64_t widest_shared(std::span<const MoeLayer> layers);
+
+/// As mixtral_tensors; the shared slices ([L]) are written as they are, since their weight is 1.
+/// The class has one width for all layers: narrower slices are padded with rows of zeros to
+/// widest_shared(), which changes nothing, and which a stock loader computes all the same.
 std::vector<NamedTensor> granite_moe_shared_tensors(const Checkpoint& source,
                                                     std::span<const MoeLayer> layers);
 

@@ -51,12 +51,20 @@ struct ModelConfig {
   std::int64_t num_experts = 0;               ///< E; 0: dense
   std::int64_t experts_per_token = 0;         ///< K
   std::int64_t shared_intermediate_size = 0;  ///< S * I, neurons of an MoE that always run; 0: none
+  /// [L], where layers have fewer of them than that and hold rows of zeros for the rest (found in
+  /// the weights by Checkpoint::open, not in config.json); empty: all have as many.
+  std::vector<std::int64_t> shared_widths;
   std::optional<std::int32_t> bos_token_id;
   std::vector<std::int32_t> eos_token_ids;
   std::optional<std::int32_t> pad_token_id;
   DType dtype = DType::kF32;  ///< what the checkpoint stores its matrices in
 
   bool is_moe() const { return num_experts > 0; }
+  /// Shared neurons of a layer without padding.
+  std::int64_t shared_width(std::int64_t layer) const {
+    return shared_widths.empty() ? shared_intermediate_size
+                                 : shared_widths[static_cast<std::size_t>(layer)];
+  }
 };
 
 /// Reads config.json (text). Understands `rope_parameters` (Transformers 5) and the older
@@ -66,7 +74,9 @@ struct ModelConfig {
 ///                    is), or one of Granite's multipliers is not what a Llama computes with
 ModelConfig parse_model_config(const std::string& json_text, const std::string& origin);
 
-/// Parameters and multiply-adds, counted from shapes alone.
+/// Parameters and multiply-adds, counted from shapes alone. Rows that only pad shared slices
+/// (ModelConfig::shared_widths) are not counted: cleave drops them when it loads a model. What a
+/// stock loader computes is the cost of the configuration without shared_widths.
 struct ModelCost {
   std::int64_t parameters = 0;         ///< all weights; a tied head counted once
   std::int64_t ffn_parameters = 0;     ///< experts and routers included

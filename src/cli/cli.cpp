@@ -178,13 +178,22 @@ std::int64_t resolve_active(const ModelOptions& options, const ModelConfig& conf
   if (!config.is_moe())
     throw InvalidArgument("--active-share: the model has no experts; convert it first");
   const auto width = static_cast<double>(config.intermediate_size);
-  const auto shared = static_cast<double>(config.shared_intermediate_size);
+  double shared = 0.0;  // mean over layers
+  for (std::int64_t l = 0; l < config.num_layers; ++l)
+    shared += static_cast<double>(config.shared_width(l)) / static_cast<double>(config.num_layers);
   const double neurons = shared + width * static_cast<double>(config.num_experts);
   return std::clamp<std::int64_t>(std::llround((options.active_share * neurons - shared) / width),
                                   1, config.num_experts);
 }
 
 }  // namespace
+
+std::string shared_text(const ModelConfig& config) {
+  if (config.shared_widths.empty()) return std::to_string(config.shared_intermediate_size);
+  const auto [least, most] =
+      std::minmax_element(config.shared_widths.begin(), config.shared_widths.end());
+  return fmt::format("{} to {}", *least, *most);
+}
 
 ModelSpec model_spec(const ModelOptions& options, const CommonOptions& common,
                      const Checkpoint& checkpoint) {

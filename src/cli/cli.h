@@ -76,6 +76,9 @@ T parse_name(const std::string& option, const std::string& value,
 }
 std::optional<DType> parse_dtype(const std::string& value);
 
+/// Neurons that always run: "384", or "256 to 512" where layers differ.
+std::string shared_text(const ModelConfig& config);
+
 /// Options of the commands that run a model.
 struct ModelOptions {
   std::string weights = "auto";

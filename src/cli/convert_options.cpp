@@ -49,12 +49,28 @@ BudgetPartition parse_partition(const std::string& value) {
                   value));
 }
 
-/// Whether a budget leaves experts to choose from; else nothing is routed.
-bool is_routed(const BudgetSpec& spec, std::int64_t hidden) {
-  const auto units = [&](double share) {
-    return std::llround(share * static_cast<double>(hidden / spec.expert_width));
-  };
-  return units(spec.active_share) > units(spec.active_share * spec.shared_share);
+/// Experts that always run, of those that run.
+struct RunningExperts {
+  std::int64_t shared = 0, all = 0;
+  RunningExperts(const BudgetSpec& spec, std::int64_t hidden) {
+    const auto units = [&](double share) {
+      return std::llround(share * static_cast<double>(hidden / spec.expert_width));
+    };
+    shared = units(spec.active_share * spec.shared_share);
+    all = units(spec.active_share);
+  }
+  /// Whether there are experts to choose from.
+  bool routed() const { return all > shared; }
+};
+
+/// Said before the text is read.
+void check_allocation(const BudgetSpec& spec, std::int64_t hidden) {
+  const RunningExperts running(spec, hidden);
+  if (spec.allocation == Allocation::kKl && (running.shared == 0 || !running.routed()))
+    throw InvalidArgument(fmt::format(
+        "--allocation: 'kl' divides the neurons that always run among the layers, and here {}; "
+        "give another --shared, or --allocation uniform",
+        running.shared == 0 ? "none do" : "all that run do"));
 }
 
 }  // namespace
@@ -103,6 +119,10 @@ BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden) {
   spec.correction = options.correction;
   spec.partition = parse_partition(options.partition);
   parse_router(options.router, spec);
+  constexpr std::pair<const char*, Allocation> kAllocations[] = {{"uniform", Allocation::kUniform},
+                                                                 {"kl", Allocation::kKl}};
+  spec.allocation = parse_name("--allocation", options.allocation, kAllocations);
+  check_allocation(spec, hidden);
   spec.seed = options.common.seed;
   spec.threads = options.common.threads;
   return spec;
@@ -117,6 +137,7 @@ Json settings_json(const ConvertOptions& options) {
                      {"partition", options.partition == "auto" ? "captured" : options.partition},
                      {"router", options.router},
                      {"refit", options.refit},
+                     {"allocation", options.allocation},
                      {"penalty", options.penalty},
                      {"correction", options.correction}});
   else
@@ -158,7 +179,8 @@ TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& op
 void check_combination(const ConvertOptions& options, const CLI::App& command) {
   const auto given = [&](const char* name) { return command.count(name) > 0; };
   if (options.active_share == 0.0) {
-    for (const char* name : {"--shared", "--refit", "--router", "--penalty", "--correction"})
+    for (const char* name :
+         {"--shared", "--refit", "--router", "--penalty", "--correction", "--allocation"})
       if (given(name))
         throw InvalidArgument(fmt::format(
             "{} belongs to a conversion to a budget; give --active-share as well", name));
@@ -190,7 +212,7 @@ void check_report(const ConvertOptions& options, const CLI::App& command,
     throw InvalidArgument(
         "--baselines: they are fitted on text; give --calibration FILE, or --baselines none");
   const std::int64_t hidden = source.config().intermediate_size;
-  if (options.active_share > 0.0 && !is_routed(make_budget(options, hidden), hidden))
+  if (options.active_share > 0.0 && !RunningExperts(make_budget(options, hidden), hidden).routed())
     throw InvalidArgument(
         "--baselines: a report is about experts, and all that run here are shared; give a smaller "
         "--shared, or --baselines none");

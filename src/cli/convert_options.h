@@ -17,6 +17,7 @@ struct ConvertOptions {
   std::string partition = "auto";
   std::string router = "trained";
   std::string refit = "on";
+  std::string allocation = "uniform";
   double correction = BudgetSpec{}.correction;
   double penalty = RefitSpec{}.penalty;
   std::string gate = "softmax";

@@ -38,7 +38,7 @@ std::string experts_text(const ModelConfig& config, const EvalResult& result) {
   std::string text = fmt::format("active experts    {:.4g} of {} per token and layer",
                                  result.active_experts, config.num_experts);
   if (config.shared_intermediate_size > 0)
-    text += fmt::format(", and {} shared neurons", config.shared_intermediate_size);
+    text += fmt::format(", and {} shared neurons", shared_text(config));
   return text + "\n";
 }
 

@@ -64,7 +64,13 @@ Json to_json(const InspectOptions& options, const Checkpoint& checkpoint) {
             {"experts", c.num_experts},
             {"experts_per_token", c.experts_per_token},
             {"shared_intermediate_size", c.shared_intermediate_size},
+            {"shared_widths", c.shared_widths},
             {"export_targets", export_targets(c)}};
+  if (!c.shared_widths.empty()) {
+    ModelConfig stock = c;
+    stock.shared_widths.clear();
+    json["stock_macs_per_token"] = model_cost(stock).macs_per_token;
+  }
   Json ceilings = Json::object();
   for (const char* rho : {"0.25", "0.50", "0.75"})
     ceilings[rho] = ceiling(cost, ffn, std::stod(rho));
@@ -82,7 +88,7 @@ Json to_json(const InspectOptions& options, const Checkpoint& checkpoint) {
   return json;
 }
 
-std::string to_text(const Json& j) {
+std::string to_text(const Json& j, const ModelConfig& config) {
   std::string text = fmt::format(
       "{}: {} ({}, {})\n"
       "  layers {}, D {}, {} {}, heads {} / {} kv of {}, vocabulary {}{}\n"
@@ -100,9 +106,13 @@ std::string to_text(const Json& j) {
                         j["experts"].get<int>(), j["experts_per_token"].get<int>(),
                         j["shared_intermediate_size"] == 0
                             ? ""
-                            : fmt::format(", {} shared neurons always",
-                                          j["shared_intermediate_size"].get<std::int64_t>()),
+                            : fmt::format(", {} shared neurons always", shared_text(config)),
                         human_count(j["active_parameters"].get<double>()));
+  if (j.contains("stock_macs_per_token"))
+    text += fmt::format(
+        "  shared slices are padded to {} neurons; a stock loader computes that too: {} "
+        "multiply-adds a token\n",
+        config.shared_intermediate_size, human_count(j["stock_macs_per_token"].get<double>()));
   if (j.contains("made_by")) {
     const Json& m = j["made_by"];
     text += fmt::format("  made by cleave {} from {}: partition {}",
@@ -125,8 +135,9 @@ std::string to_text(const Json& j) {
 }
 
 void run_inspect(const InspectOptions& options) {
-  const Json json = to_json(options, Checkpoint::open(options.model));
-  print_result(options.common, json, options.common.json ? "" : to_text(json));
+  const Checkpoint checkpoint = Checkpoint::open(options.model);
+  const Json json = to_json(options, checkpoint);
+  print_result(options.common, json, options.common.json ? "" : to_text(json, checkpoint.config()));
 }
 
 }  // namespace

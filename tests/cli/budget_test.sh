@@ -54,6 +54,36 @@ says out.txt '"partition": "cmoe"'
 expect 0 $small --router representative --partition expertweaver
 says out.txt '"router": "representative"'
 
+# The shared neurons divided among the layers; all commands take the padded result.
+expect 0 $convert --active-share 0.5 --allocation kl --router ridge
+says out.txt 'allocation kl: KL [0-9.]* on 2 calibration windows held apart'
+says out/cleave.json '"allocation_choice"'
+expect 0 $convert --active-share 0.5 --allocation kl --router ridge --quiet --json
+says out.txt '"screening_kl"'
+says out.txt '"shared_widths"'
+says out.txt '"stock_macs_per_token"'
+expect 0 $cleave inspect out --json
+says out.txt '"shared_widths"'
+expect 0 $cleave inspect out
+says out.txt 'shared neurons always'
+expect 0 $cleave run out --prompt Once --max-tokens 4 --cache on
+expect 0 $cleave run out --prompt Once --max-tokens 4 --cache auto --weights f16
+expect 0 $cleave bench out --quiet --prompt-tokens 32 --generate 4 --repeats 1
+expect 0 $cleave eval out --text short.txt --context 256 --quiet --json --active-share 0.625
+says out.txt '"active_experts": 12.0'
+expect 0 $cleave report out "$source" --text short.txt --calibration "$text" --calibration-tokens 512 \
+  --limit-tokens 512 --context 256 --baselines quick --out report_kl --quiet
+expect 2 $convert --active-share 0.5 --allocation most
+says err.txt 'choose one of uniform, kl'
+expect 2 $convert --allocation kl
+says err.txt 'give --active-share as well'
+expect 2 $convert --active-share 0.5 --shared 0 --allocation kl
+says err.txt 'none do; give another --shared'
+expect 2 $convert --active-share 0.5 --shared 16 --allocation kl
+says err.txt 'all that run do; give another --shared'
+expect 2 $small --allocation kl
+says err.txt 'holds 2 windows apart from the fit'
+
 expect 2 $convert --active-share 0.5 --router nearest
 says err.txt 'choose one of trained, ridge'
 expect 2 $convert --active-share 0.5 --router ridge:4
