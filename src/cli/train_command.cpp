@@ -143,9 +143,9 @@ void run_train(const TrainOptions& options) {
   finish_run_dir(run_dir, options.out);
 
   const train::StepReport& last = result.last;
-  std::string text =
-      fmt::format("{}: {} steps, {} tokens, loss {:.4f}, {:.0f} tokens/s\n", options.out,
-                  result.steps, last.tokens, last.loss, last.tokens_per_s);
+  std::string text = fmt::format(
+      "{}: {} steps, {} tokens{}, loss {:.4f}, {:.0f} tokens/s\n", options.out, result.steps,
+      last.tokens, recipe == "layerwise" ? " a layer" : "", last.loss, last.tokens_per_s);
   if (result.before && result.after) {
     text += fmt::format("held-out perplexity {:.3f} -> {:.3f}", result.before->perplexity,
                         result.after->perplexity);

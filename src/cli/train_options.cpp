@@ -25,7 +25,7 @@ void add_data_options(CLI::App& command, TrainOptions& o) {
   command.add_option("--data", o.data, "Text file(s) to train on, UTF-8")->required();
   command
       .add_option("--recipe", o.recipe,
-                  "factorllm, distill, layerwise, or auto: distill for a conversion to a budget")
+                  "factorllm, distill, layerwise, or auto: layerwise for a conversion to a budget")
       ->capture_default_str();
   command.add_option("--teacher", o.teacher,
                      "Dense model; default: put together again from MODEL's experts");
@@ -184,7 +184,7 @@ train::LayerwiseSpec layerwise_spec(const TrainOptions& options) {
 
 std::string choose_recipe(const TrainOptions& options, const Checkpoint& student) {
   std::string recipe = options.recipe;
-  if (recipe == "auto") recipe = converted_to_budget(student) ? "distill" : "factorllm";
+  if (recipe == "auto") recipe = converted_to_budget(student) ? "layerwise" : "factorllm";
   if (recipe != "factorllm" && recipe != "distill" && recipe != "layerwise")
     throw InvalidArgument("--recipe: unknown value '" + recipe +
                           "'; choose auto, factorllm, distill or layerwise");

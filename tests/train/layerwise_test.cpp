@@ -71,6 +71,7 @@ TEST_F(Layerwise, EveryLayerLearnsAndTheHeldOutKlFalls) {
   };
   const TrainResult result = run({.steps = 20}, layer_settings(), io, /*count=*/180);
   EXPECT_EQ(result.step, 80);
+  EXPECT_EQ(result.last.tokens, 20 * 8 * 64) << "of each layer";
   for (std::size_t l = 0; l < errors.size(); ++l) {
     SCOPED_TRACE(l);
     ASSERT_EQ(errors[l].size(), 20u);

@@ -142,7 +142,7 @@ std::string to_json(const LayerwiseSpec& spec);
 /// Holds two residual streams of all tokens, and the layer's input and target: 4 N D numbers.
 /// Checkpoints lie after every layer; a resumed run goes on with the next layer, exactly.
 /// spec.grad_accumulation, eval_every and checkpoint_every have no meaning here; held-out quality
-/// is measured at both ends.
+/// is measured at both ends. StepReport::tokens are those of the layer at hand.
 /// @param teacher  dense, same shapes
 /// @throws InvalidArgument, FileError, Error  as train(); and where a stream is not finite
 TrainResult layerwise(Transformer student, Transformer teacher, const TokenWindows& data,

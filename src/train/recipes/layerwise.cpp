@@ -129,7 +129,9 @@ class LayerwiseRun {
   std::optional<ResidualStream> stream_, dense_;
   std::optional<MetricsFile> metrics_;
   nlohmann::json identity_;
-  std::int64_t step_ = 0, first_step_ = 0, tokens_ = 0, run_tokens_ = 0;
+  std::int64_t step_ = 0, first_step_ = 0;
+  std::int64_t tokens_ = 0;      // of the layer at hand
+  std::int64_t run_tokens_ = 0;  // of all layers
   double training_s_ = 0.0;
   Clock::time_point start_ = Clock::now();
   TrainResult result_;
@@ -296,7 +298,7 @@ void LayerwiseRun::take_step(const Phase& phase, const LayerTask& task, MoeFfn& 
         step_ + 1, phase.name));
   optimizer.step(now.learning_rate);
   ++step_;
-  tokens_ += rows.size(0);
+  tokens_ = (at_layer == 0 ? 0 : tokens_) + rows.size(0);
   run_tokens_ += rows.size(0);
   training_s_ += std::chrono::duration<double>(Clock::now() - step_start).count();
   now.step = step_;
