@@ -134,8 +134,10 @@ void run_train(const TrainOptions& options) {
   else
     result = train::train_factorllm(student, dense, data, aside, factorllm_spec(options), spec, io);
   if (result.interrupted) {
-    fmt::print(stderr, "cleave: interrupted at step {}/{}; saved in {}, continue with --resume\n",
-               result.step, result.steps, run_dir.string());
+    fmt::print(stderr,
+               "cleave: interrupted at step {}/{}; {} saved in {}, continue with --resume\n",
+               result.step, result.steps, recipe == "layerwise" ? "finished layers are" : "it is",
+               run_dir.string());
     throw CLI::RuntimeError(kInterruptedExit);
   }
   progress.update("writing " + options.out);

@@ -135,8 +135,8 @@ void add_tuning_options(CLI::App& command, TrainOptions& o) {
       {"distill", "layerwise"})
       ->check(CLI::PositiveNumber);
   own(command.add_flag("--hard-routers", o.hard_routers,
-                       "What the model returns does not move routers with a hard gate"),
-      {"distill", "layerwise"});
+                       "distill: what the model returns does not move routers with a hard gate"),
+      {"distill"});
 }
 
 }  // namespace
@@ -178,7 +178,6 @@ train::LayerwiseSpec layerwise_spec(const TrainOptions& options) {
   method.steps = options.steps;
   method.parts = train::parse_distill_parts(options.parts);
   method.temperature = options.distill.temperature;
-  method.soft_border = !options.hard_routers;
   return method;
 }
 

@@ -137,6 +137,18 @@ TEST_F(Layerwise, ResumesAfterALayerBitwise) {
   EXPECT_EQ(stored(resumed.model), stored(whole.model));
 }
 
+TEST_F(Layerwise, ResumesInTheFirstLayerFromItsStart) {
+  const LayerwiseSpec method{.steps = 2};
+  const auto whole = run(method, layer_settings());
+  std::atomic<bool> stop = false;
+  TrainIo first{.directory = dir_->path() / "early"};
+  first.stop = &stop;
+  first.progress = [&](const StepReport& report) { stop = report.step == 1; };
+  EXPECT_TRUE(run(method, layer_settings(), first).interrupted);
+  const TrainIo second{.directory = dir_->path() / "early", .resume = true};
+  EXPECT_EQ(stored(run(method, layer_settings(), second).model), stored(whole.model));
+}
+
 TEST_F(Layerwise, TrainsTheNamedPartsAndNothingElse) {
   const auto before = stored(load(granite_dir()));
   for (const std::string part : {"router", "experts", "shared"}) {
@@ -165,7 +177,6 @@ TEST_F(Layerwise, RefusesWhatMakesNoSense) {
   refused({.parts = parse_distill_parts("attention")});
   refused({.correction = 1.5});
   refused({.temperature = 0.0});
-  refused({.soft_border = false});
   EXPECT_THROW(layerwise(dense, dense, text, nullptr, {}, spec), InvalidArgument) << "no experts";
   EXPECT_THROW(layerwise(model, Transformer(nullptr), text, nullptr, {}, spec), InvalidArgument);
   EXPECT_THROW(layerwise(model, model, text, nullptr, {}, spec), InvalidArgument);

@@ -126,8 +126,8 @@ struct LayerwiseSpec {
   /// Which part of what the layers before have lost a layer is asked to give back: 0: it aims at
   /// the dense FFN's output; 1: at the dense model's residual stream after the layer.
   double correction = 0.5;
-  bool soft_border = true;   ///< hard gates: the error reaches the router (border_temperature)
-  double temperature = 0.3;  ///< of the soft border
+  /// Hard gates: the error reaches the routers through GateSpec::border_temperature.
+  double temperature = 0.3;
 };
 std::string to_json(const LayerwiseSpec& spec);
 
@@ -136,11 +136,10 @@ std::string to_json(const LayerwiseSpec& spec);
 /// [N, D] of the student, the FFN learns y = FFN_dense(x) + correction (dense stream - student
 /// stream) by AdamW on sum_t w_t |FFN_l(x_t) - y_t|^2 / sum_t w_t |y_t|^2, w_t = 1 / mean square of
 /// the stream; then both streams take the layer. A step draws spec.batch * context tokens from all
-/// of the text. No pass through the whole model, no vocabulary: a token costs a third of what it
-/// costs distill(), and no layer waits for another's gradient.
+/// of the text.
 ///
 /// Holds two residual streams of all tokens, and the layer's input and target: 4 N D numbers.
-/// Checkpoints lie after every layer; a resumed run goes on with the next layer, exactly.
+/// Checkpoints lie after every layer; a resumed run begins the layer anew that it was at, exactly.
 /// spec.grad_accumulation, eval_every and checkpoint_every have no meaning here; held-out quality
 /// is measured at both ends. StepReport::tokens are those of the layer at hand.
 /// @param teacher  dense, same shapes

@@ -39,9 +39,6 @@ void check_layerwise_spec(const LayerwiseSpec& spec) {
   require(!spec.parts.norms && !spec.parts.attention,
           "layerwise: norms and attention cannot learn from one FFN's error; train ffn, router, "
           "experts or shared, or use the recipe distill");
-  require(spec.soft_border || !spec.parts.router,
-          "layerwise: without the soft border a router with a hard gate learns nothing; leave it "
-          "out of the parts (experts,shared), or the border on");
   require(!part_names(spec.parts).empty(), "layerwise: no part is trained; name one, e.g. ffn");
 }
 
@@ -147,16 +144,16 @@ void LayerwiseRun::begin() {
   require(data_.count() > 0, "train: the text holds no whole window; use a longer text");
   if (spec_.threads > 0) at::set_num_threads(spec_.threads);
   for (MoeFfn& moe : student_->moe_layers())
-    set_soft_border(*moe, method_.parts.router && method_.soft_border ? method_.temperature : 0.0);
+    set_soft_border(*moe, method_.parts.router ? method_.temperature : 0.0);
   for (auto& tensor : student_->parameters()) tensor.set_requires_grad(false);
   if (io_.directory.empty()) return;
   identity_ = run_identity(student_, recipe_, data_, spec_);
   const std::filesystem::path checkpoints = io_.directory / "checkpoints";
   if (io_.resume) {
     while (first_step_ < steps_ && !store(first_step_).empty()) first_step_ += method_.steps;
-    if (first_step_ == 0)
-      throw InvalidArgument(fmt::format(
-          "resume: no finished layer in {}; start the run without resuming", checkpoints.string()));
+    if (first_step_ == 0 && !std::filesystem::exists(io_.directory / "metrics.jsonl"))
+      throw InvalidArgument(
+          fmt::format("resume: no run in {}; start it without resuming", io_.directory.string()));
     if (io_.notice)
       io_.notice(fmt::format("resuming after step {} of {}: finished layers are not trained again",
                              first_step_, steps_));
@@ -347,7 +344,6 @@ std::string to_json(const LayerwiseSpec& spec) {
   const nlohmann::ordered_json object = {{"steps", spec.steps},
                                          {"parts", part_names(spec.parts)},
                                          {"correction", spec.correction},
-                                         {"soft_border", spec.soft_border},
                                          {"temperature", spec.temperature}};
   return object.dump();
 }
