@@ -340,7 +340,7 @@ void check_allocation(const BudgetShares& shares, const TokenWindows& calibratio
 
 Conversion convert_allocated(Model& model, const Checkpoint& source, const BudgetSpec& spec,
                              const TokenWindows& calibration, const BudgetProgress& progress) {
-  const BudgetShares shares = divide_budget(model.config(), spec);
+  const BudgetShares shares = divide_budget(model.config().intermediate_size, spec);
   const auto layers = static_cast<std::size_t>(model.config().num_layers);
   const std::int64_t uniform = shares.shared / spec.expert_width;
   // What a layer gets more leaves as many experts empty; K must be left to choose from.

@@ -51,8 +51,8 @@ DenseFfn with_neurons(const DenseFfn& ffn, const std::vector<std::int32_t>& neur
 
 }  // namespace
 
-BudgetShares divide_budget(const ModelConfig& config, const BudgetSpec& spec) {
-  const std::int64_t H = config.intermediate_size, I = spec.expert_width;
+BudgetShares divide_budget(std::int64_t hidden, const BudgetSpec& spec) {
+  const std::int64_t H = hidden, I = spec.expert_width;
   if (!(spec.active_share > 0.0 && spec.active_share <= 1.0) ||
       !(spec.shared_share >= 0.0 && spec.shared_share <= 1.0))
     fail_argument(

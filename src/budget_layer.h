@@ -19,15 +19,6 @@ namespace cleave {
 
 using BudgetProgress = std::function<void(const std::string&, std::int64_t, std::int64_t)>;
 
-/// Neurons of a layer by what becomes of them; where layers differ, the mean of all.
-struct BudgetShares {
-  std::int64_t shared = 0;  ///< neurons, always on
-  std::int64_t experts = 0;
-  std::int64_t active = 0;  ///< experts per token
-};
-/// @throws InvalidArgument  settings that give no such division
-BudgetShares divide_budget(const ModelConfig& config, const BudgetSpec& spec);
-
 /// What capture_energy() needs for a layer with a shared slice of that width.
 CaptureSpec capture_spec(const BudgetSpec& spec, const BudgetShares& shares,
                          std::int64_t shared_width, std::int64_t layer);

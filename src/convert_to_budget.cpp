@@ -29,7 +29,7 @@ class BudgetConversion {
                    const BudgetProgress& progress)
       : spec_(spec),
         progress_(progress),
-        shares_(divide_budget(model.config(), spec)),
+        shares_(divide_budget(model.config().intermediate_size, spec)),
         shared_widths_(shared_widths),
         model_(model),
         parallel_(model_.parallel()),
@@ -228,7 +228,7 @@ Conversion convert_to_budget(
         "convert: the calibration text has {} tokens and windows of {}; needs at least one window "
         "of 2 or more",
         calibration.tokens.size(), calibration.context);
-  const BudgetShares shares = divide_budget(config, spec);
+  const BudgetShares shares = divide_budget(config.intermediate_size, spec);
   if (spec.router_method == RouterMethod::kLowRank && spec.router_rank > shares.experts)
     fail_argument("convert: a router of rank {} for {} experts; give a rank of at most as many",
                   spec.router_rank, shares.experts);

@@ -133,6 +133,17 @@ struct BudgetSpec {
   int threads = 0;  ///< 0: all cores
 };
 
+/// What becomes of a layer's H neurons; where layers differ (Allocation::kKl), the mean of all.
+struct BudgetShares {
+  std::int64_t shared = 0;   ///< neurons that always run
+  std::int64_t experts = 0;  ///< E, of I neurons each
+  std::int64_t active = 0;   ///< K, experts per token; 0: nothing is routed
+};
+/// @param hidden  H
+/// @throws InvalidArgument  a share out of range, a budget below one expert, I that does not
+///                          divide H
+BudgetShares divide_budget(std::int64_t hidden, const BudgetSpec& spec);
+
 /// Converts a dense model to a budget, layer by layer: each layer is split, its router fitted and
 /// its `down` repaired on what the converted layers before it give. All layers get the same shapes,
 /// but for the shared slices under Allocation::kKl. Chosen experts weigh 1 (GateMode::kHard, scale

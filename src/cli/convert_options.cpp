@@ -49,28 +49,15 @@ BudgetPartition parse_partition(const std::string& value) {
                   value));
 }
 
-/// Experts that always run, of those that run.
-struct RunningExperts {
-  std::int64_t shared = 0, all = 0;
-  RunningExperts(const BudgetSpec& spec, std::int64_t hidden) {
-    const auto units = [&](double share) {
-      return std::llround(share * static_cast<double>(hidden / spec.expert_width));
-    };
-    shared = units(spec.active_share * spec.shared_share);
-    all = units(spec.active_share);
-  }
-  /// Whether there are experts to choose from.
-  bool routed() const { return all > shared; }
-};
-
 /// Said before the text is read.
 void check_allocation(const BudgetSpec& spec, std::int64_t hidden) {
-  const RunningExperts running(spec, hidden);
-  if (spec.allocation == Allocation::kKl && (running.shared == 0 || !running.routed()))
+  if (spec.allocation != Allocation::kKl) return;
+  const BudgetShares shares = divide_budget(hidden, spec);
+  if (shares.shared == 0 || shares.active == 0)
     throw InvalidArgument(fmt::format(
         "--allocation: 'kl' divides the neurons that always run among the layers, and here {}; "
         "give another --shared, or --allocation uniform",
-        running.shared == 0 ? "none do" : "all that run do"));
+        shares.shared == 0 ? "none do" : "all that run do"));
 }
 
 }  // namespace
@@ -212,7 +199,7 @@ void check_report(const ConvertOptions& options, const CLI::App& command,
     throw InvalidArgument(
         "--baselines: they are fitted on text; give --calibration FILE, or --baselines none");
   const std::int64_t hidden = source.config().intermediate_size;
-  if (options.active_share > 0.0 && !RunningExperts(make_budget(options, hidden), hidden).routed())
+  if (options.active_share > 0.0 && divide_budget(hidden, make_budget(options, hidden)).active == 0)
     throw InvalidArgument(
         "--baselines: a report is about experts, and all that run here are shared; give a smaller "
         "--shared, or --baselines none");

@@ -23,7 +23,7 @@ std::string progress_line(const train::StepReport& r) {
   if (r.step > 0) {
     line += fmt::format("  loss {:.4f}", r.loss);
     for (const auto& [name, value] : r.parts) line += fmt::format(" {} {:.4f}", name, value);
-    line += fmt::format("  lr {:.2e}  grad {:.2f}  {:.0f} tok/s  {} left", r.learning_rate,
+    line += fmt::format("  lr {:.2e}  grad {:.3g}  {:.0f} tok/s  {} left", r.learning_rate,
                         r.grad_norm, r.tokens_per_s, human_seconds(r.eta_s));
   }
   if (r.held_out) line += fmt::format("  held-out perplexity {:.3f}", r.held_out->perplexity);

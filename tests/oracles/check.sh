@@ -42,8 +42,10 @@ convert_demo() {
 
 case "$case" in
   dense) check "$demo" --expect LlamaForCausalLM --text "$demo/sample.txt" ;;
-  converted) convert_demo; check "$work/converted" --text "$demo/sample.txt" ;;
-  hard_gate) convert_demo --gate hard; check "$work/converted" --text "$demo/sample.txt" ;;
+  converted) convert_demo; check "$work/converted" --expect MixtralForCausalLM --text "$demo/sample.txt" ;;
+  hard_gate)
+    convert_demo --gate hard
+    check "$work/converted" --expect MixtralForCausalLM --text "$demo/sample.txt" ;;
   shared|shared_hard_gate)
     gate=softmax
     [ "$case" = shared ] || gate=hard
@@ -60,7 +62,7 @@ case "$case" in
     convert_demo
     "$cleave" train "$work/converted" "$work/tuned" --recipe factorllm --data "$demo/sample.txt" \
       --steps 10 --batch 2 --context 128
-    check "$work/tuned" --text "$demo/sample.txt" ;;
+    check "$work/tuned" --expect MixtralForCausalLM --text "$demo/sample.txt" ;;
   llama_cpp)  # our FFN as a node of llama.cpp's graph: dense, and its own experts
     convert_demo
     for model in "$demo" "$work/converted"; do
@@ -71,7 +73,7 @@ case "$case" in
   smollm2_converted)
     "$cleave" convert "$smollm2" "$work/converted" --experts 8 --active 4 \
       --calibration "$root/models/jargon.train.txt" --calibration-tokens 4096
-    check "$work/converted"
+    check "$work/converted" --expect MixtralForCausalLM
     rm -rf "$work/converted" ;;
   smollm2_shared)
     "$split" "$smollm2" "$work/converted" shared 256 10 8 softmax

@@ -3,14 +3,15 @@
 
     python tests/oracles/transformers_check.py OUT [--cleave build/bin/cleave]
 
-Checks that Transformers opens OUT as MixtralForCausalLM without remote code and without a missing or
-unexpected tensor; that both tokenize alike; that the float32 logits on fixed token ids agree within
+Checks that Transformers opens OUT as the class that its config.json names, without remote code and
+without a missing or unexpected tensor; that both tokenize alike; that the float32 logits on fixed token ids agree within
 --tolerance, or, where rounding alone moves them by more, that cleave is at most 4 times as far from a
 float64 run as Transformers' own float32; and that both report the same perplexity on a short text.
 Exit code 1 if one of them fails.
 """
 
 import argparse
+import json
 import pathlib
 import sys
 import tempfile
@@ -116,14 +117,16 @@ def parse_options():
                         help="the command line (default build/bin/cleave)")
     parser.add_argument("--tolerance", type=float, default=2e-4,
                         help="largest allowed difference of a logit (default %(default)g)")
-    parser.add_argument("--expect", default="MixtralForCausalLM",
-                        help="class that Transformers must choose (default %(default)s)")
+    parser.add_argument("--expect",
+                        help="class that Transformers must choose (default: the one in config.json)")
     parser.add_argument("--text", type=pathlib.Path, help="text for the perplexity (default: a short one)")
     parser.add_argument("--context", type=int, default=128, help="tokens a window (default %(default)s)")
     parser.add_argument("--limit-tokens", type=int, default=1024, help="(default %(default)s)")
     options = parser.parse_args()
     if not options.model.is_dir():
         parser.error(f"{options.model} is not a directory")
+    if options.expect is None:
+        options.expect = json.loads((options.model / "config.json").read_text())["architectures"][0]
     return options
 
 
