@@ -320,6 +320,26 @@ TEST_F(Budget, WhatFollowsTheRouterCatchesMostOfAllPartitions) {
   EXPECT_GT(captured, random);
 }
 
+TEST(DivideBudget, EveryNeuronIsSharedOrInAnExpertAndTheBudgetRuns) {
+  for (const std::int64_t width : {1, 16, 64})
+    for (const double share : {0.25, 0.5, 0.75, 1.0})
+      for (const double shared : {0.0, 0.25, 0.5, 1.0}) {
+        SCOPED_TRACE(::testing::Message() << width << " " << share << " " << shared);
+        const std::int64_t hidden = 1536;
+        BudgetSpec spec;
+        spec.expert_width = width;
+        spec.active_share = share;
+        spec.shared_share = shared;
+        const BudgetShares parts = divide_budget(hidden, spec);
+        EXPECT_EQ(parts.shared + parts.experts * width, hidden);
+        EXPECT_EQ(parts.shared + parts.active * width, std::llround(share * 1536.0));
+        EXPECT_LE(std::abs(2.0 * (static_cast<double>(parts.shared) - share * shared * 1536.0)),
+                  static_cast<double>(width));
+        EXPECT_LE(parts.active, parts.experts);
+        EXPECT_EQ(parts.active == 0, shared == 1.0);
+      }
+}
+
 TEST_F(Budget, RefusesWhatMakesNoSense) {
   const auto refused = [&](const BudgetSpec& spec, const std::string& part) {
     try {

@@ -60,7 +60,7 @@ void add_schedule_options(CLI::App& command, TrainOptions& o) {
   own("--batch", o.batch, "Windows per forward pass; default: 4, 1 for layerwise");
   not_layerwise(
       number("--grad-accumulation", o.train.grad_accumulation, "Forward passes per step"));
-  own("--lr", o.learning_rate, "Learning rate at its peak; default: 3e-4, 2e-3 for layerwise");
+  own("--lr", o.learning_rate, "Learning rate at its peak; default: 3e-4, 4e-3 for layerwise");
   own("--min-lr-ratio", o.min_lr_ratio,
       "Floor of the cosine, as a share of the peak; default: 0.1, 0 for layerwise");
   own("--warmup", o.warmup, "Warm-up steps; default: 20, 10 for layerwise");
@@ -205,7 +205,7 @@ train::TrainSpec make_train_spec(const TrainOptions& options, const std::string&
   train::TrainSpec spec = options.train;
   // A layer's own error is a clear signal, and its steps are cheap: high rates, down to nothing.
   spec.batch = options.batch.value_or(layerwise ? 1 : spec.batch);
-  spec.learning_rate = options.learning_rate.value_or(layerwise ? 2e-3 : spec.learning_rate);
+  spec.learning_rate = options.learning_rate.value_or(layerwise ? 4e-3 : spec.learning_rate);
   spec.min_lr_ratio = options.min_lr_ratio.value_or(layerwise ? 0.0 : spec.min_lr_ratio);
   spec.warmup_steps = options.warmup.value_or(layerwise ? 10 : spec.warmup_steps);
   spec.adamw.beta2 = options.beta2.value_or(layerwise ? 0.99 : spec.adamw.beta2);

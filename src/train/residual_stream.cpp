@@ -34,10 +34,12 @@ void ResidualStream::attend(std::int64_t layer) {
   }
 }
 
-at::Tensor ResidualStream::ffn_input(std::int64_t layer) const {
+at::Tensor ResidualStream::ffn_input(std::int64_t layer, std::int64_t first,
+                                     std::int64_t count) const {
   const at::NoGradGuard no_grad;
   const DecoderLayer& weights = Transformer(model_)->layers()[static_cast<std::size_t>(layer)];
-  return rms_norm(rows_, weights.post_attention_norm, model_->config().rms_norm_eps);
+  return rms_norm(rows_.narrow(0, first, count), weights.post_attention_norm,
+                  model_->config().rms_norm_eps);
 }
 
 }  // namespace cleave::train

@@ -18,8 +18,8 @@ class ResidualStream {
 
   /// rows += attention of the layer.
   void attend(std::int64_t layer);
-  /// The normed rows [N, D] that the layer's FFN sees.
-  at::Tensor ffn_input(std::int64_t layer) const;
+  /// What the layer's FFN sees of `count` rows from `first` on: normed, [count, D].
+  at::Tensor ffn_input(std::int64_t layer, std::int64_t first, std::int64_t count) const;
   /// [N, D], N = windows * context, window after window.
   at::Tensor& rows() { return rows_; }
   const at::Tensor& rows() const { return rows_; }

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cleave/error.h"
@@ -46,8 +47,11 @@ TEST_F(Layerwise, AStreamThroughAllLayersGivesTheLogits) {
   ResidualStream stream(model, text, /*batch=*/2);  // the last pass has one window
   for (std::int64_t l = 0; l < model->config().num_layers; ++l) {
     stream.attend(l);
-    stream.rows().add_(
-        model->layers()[static_cast<std::size_t>(l)].dense->forward(stream.ffn_input(l)));
+    for (const auto& [first, count] : {std::pair<std::int64_t, std::int64_t>{0, 100}, {100, 220}})
+      stream.rows()
+          .narrow(0, first, count)
+          .add_(model->layers()[static_cast<std::size_t>(l)].dense->forward(
+              stream.ffn_input(l, first, count)));
   }
   // The final norm and the head as the definition has them.
   const at::Tensor x = stream.rows();
@@ -93,7 +97,7 @@ TEST_F(Layerwise, TheErrorIsThatOfTheDefinition) {
   Transformer student = load(granite_dir()), dense = load(dense_dir());
   ResidualStream stream(dense, text, 1);
   stream.attend(0);
-  const at::Tensor x = stream.ffn_input(0);
+  const at::Tensor x = stream.ffn_input(0, 0, stream.rows().size(0));
   const at::Tensor y = dense->layers()[0].dense->forward(x);
   const at::Tensor weight = 1.0 / (stream.rows() + y).square().mean(1);
   const at::Tensor off = (student->layers()[0].moe->forward_masked(x) - y).square().sum(1);
@@ -113,6 +117,8 @@ TEST_F(Layerwise, TheErrorIsThatOfTheDefinition) {
   }
   EXPECT_NEAR(first, expected, 1e-5 * expected);
   EXPECT_GT(expected, 0.01) << "nothing to compare";
+  for (const MoeFfn& moe : student->moe_layers())
+    EXPECT_FALSE(moe->last().input.defined()) << "keeps an input as long as the text";
 }
 
 TEST_F(Layerwise, ResumesAfterALayerBitwise) {

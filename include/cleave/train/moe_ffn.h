@@ -103,6 +103,8 @@ class MoeFfnImpl : public torch::nn::Module {
   at::Tensor expert_outputs(const at::Tensor& x);
 
   const MoeOutputs& last() const { return last_; }
+  /// Frees what last() holds: its input alone may keep a whole text's tensor alive.
+  void forget() { last_ = {}; }
   Spec spec;
   at::Tensor w_gate, w_up, w_down, w_router;
   DenseFfn shared{nullptr};

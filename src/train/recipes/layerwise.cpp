@@ -204,27 +204,29 @@ LayerTask LayerwiseRun::make_task(std::int64_t layer) {
   dense_->attend(layer);
   stream_->attend(layer);
   DenseFfn ffn = teacher_->layers()[static_cast<std::size_t>(layer)].dense;
-  const at::Tensor dense_input = dense_->ffn_input(layer);
   LayerTask task;
-  task.input = stream_->ffn_input(layer);
+  task.input = at::empty_like(stream_->rows());
   task.target = at::empty_like(task.input);
   task.weight = at::empty({task.input.size(0)}, task.input.options().dtype(at::kFloat));
   for (std::int64_t first = 0; first < task.input.size(0); first += kRows) {
     const std::int64_t count = std::min(kRows, task.input.size(0) - first);
     const auto rows = [&](const at::Tensor& all) { return all.narrow(0, first, count); };
     at::Tensor dense = rows(dense_->rows());
-    dense.add_(ffn->forward(rows(dense_input)));
-    const at::Tensor y = ffn->forward(rows(task.input));
+    dense.add_(ffn->forward(dense_->ffn_input(layer, first, count)));
+    const at::Tensor x = stream_->ffn_input(layer, first, count);
+    const at::Tensor y = ffn->forward(x);
     const at::Tensor reached = rows(stream_->rows()) + y;
     rows(task.weight).copy_(reached.to(at::kFloat).square().mean(1).add_(1e-12).reciprocal_());
-    rows(task.target).copy_(y + method_.correction * (dense - reached));
+    const at::Tensor target = y + method_.correction * (dense - reached);
+    if (!at::isfinite(target).all().item<bool>())
+      throw Error(fmt::format(
+          "train: layer {}: the stream of the dense model or of the student is not finite; is a "
+          "model broken, or the learning rate too high?",
+          layer));
+    rows(task.input).copy_(x);
+    rows(task.target).copy_(target);
   }
   task.weight /= task.weight.mean();
-  if (!at::isfinite(task.target).all().item<bool>())
-    throw Error(fmt::format(
-        "train: layer {}: the stream of the dense model or of the student is not finite; is a "
-        "model broken, or the learning rate too high?",
-        layer));
   return task;
 }
 
@@ -314,6 +316,7 @@ void LayerwiseRun::finish_layer(std::int64_t layer, const LayerTask& task) {
         .narrow(0, first, count)
         .add_(weights.moe.is_empty() ? weights.dense->forward(x) : weights.moe->forward(x));
   }
+  if (!weights.moe.is_empty()) weights.moe->forget();
 }
 
 void LayerwiseRun::report(StepReport& report) {
