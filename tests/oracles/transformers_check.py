@@ -4,9 +4,10 @@
     python tests/oracles/transformers_check.py OUT [--cleave build/bin/cleave]
 
 Checks that Transformers opens OUT as the class that its config.json names, without remote code and
-without a missing or unexpected tensor; that both tokenize alike; that the float32 logits on fixed token ids agree within
---tolerance, or, where rounding alone moves them by more, that cleave is at most 4 times as far from a
-float64 run as Transformers' own float32; and that both report the same perplexity on a short text.
+without a missing or unexpected tensor; that both tokenize alike; that the float32 logits on fixed
+token ids agree within --tolerance, or, where rounding alone moves them by more, that cleave is at most
+4 times as far from a float64 run as Transformers' own float32; and that both report the same
+perplexity on a short text.
 Exit code 1 if one of them fails.
 """
 
