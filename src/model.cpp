@@ -45,6 +45,14 @@ struct ForwardRoom {
     cosine = {memory + begin[5], T, c.head_dim / 2};
     sine = {memory + begin[6], T, c.head_dim / 2};
   }
+  /// The part of one token.
+  ForwardRoom row(std::int64_t t) const {
+    ForwardRoom one = *this;
+    for (MatrixView<float>* view :
+         {&one.x, &one.normed, &one.branch, &one.qkv, &one.context, &one.cosine, &one.sine})
+      *view = view->slice_rows(t, 1);
+    return one;
+  }
   MatrixView<float> x, normed;     // [T, D] the residual stream, and its norm
   MatrixView<float> branch;        // [T, D] of the FFN
   MatrixView<float> qkv, context;  // [T, query and key/value heads], [T, query heads]
@@ -109,9 +117,23 @@ struct Model::Impl {
     });
   }
 
+  /// Where a sequence goes on, in one layer.
+  struct CachePart {
+    std::int64_t position;
+    KvLayout layout;
+    float* memory;
+  };
   /// room.x += attention(room.normed), and the layer's part of the cache is filled.
   void attend(const LayerWeights& w, const ForwardRoom& room, std::int64_t position,
               const KvLayout& layout, float* cache);
+  /// The same where every row is the next token of a sequence of its own.
+  void attend_each(const LayerWeights& w, const ForwardRoom& room,
+                   std::span<const CachePart> sequences);
+  /// room.x [T, D] through all layers and the final norm: hidden [T, D].
+  /// @param attend  (layer, weights): room.x += attention(room.normed)
+  template <class Attend>
+  void run_layers(const ForwardRoom& room, const ForwardHooks& hooks, MatrixView<float> hidden,
+                  const Attend& attend);
   /// y += the layer's experts, shared ones included, on `normed`; `routing` tells which.
   void run_experts(const PackedMoe& moe, float threshold, MatrixView<const float> normed,
                    MatrixView<float> y);
@@ -176,6 +198,47 @@ void Model::Impl::attend(const LayerWeights& w, const ForwardRoom& room, std::in
             room.context, workspace, pool.parallel_for());
   linear(w.output, room.context, w.output_bias, room.x, /*add=*/true, workspace,
          pool.parallel_for());
+}
+
+void Model::Impl::attend_each(const LayerWeights& w, const ForwardRoom& room,
+                              std::span<const CachePart> sequences) {
+  linear(w.qkv, room.normed, w.qkv_bias, room.qkv, /*add=*/false, workspace, pool.parallel_for());
+  for (std::int64_t b = 0; b < room.x.rows; ++b) {
+    const ForwardRoom one = room.row(b);
+    const auto& [position, layout, memory] = sequences[b];
+    rotate_and_store(one, position, layout, memory);
+    attention({config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window},
+              {one.qkv.data, 1, query_width(), one.qkv.row_stride}, layout, memory, position + 1,
+              one.context, workspace, pool.parallel_for());
+  }
+  linear(w.output, room.context, w.output_bias, room.x, /*add=*/true, workspace,
+         pool.parallel_for());
+}
+
+template <class Attend>
+void Model::Impl::run_layers(const ForwardRoom& room, const ForwardHooks& hooks,
+                             MatrixView<float> hidden, const Attend& attend) {
+  const MatrixView<float> x = room.x, normed = room.normed, branch = room.branch;
+  for (std::int64_t l = 0; l < config.num_layers; ++l) {
+    const LayerWeights& w = weights.layers[l];
+    norm(x, w.input_norm, normed);
+    attend(l, w);
+    norm(x, w.post_norm, normed);
+    if (hooks.ffn_input) hooks.ffn_input(l, normed);
+    // Not straight into x: the kernels add in many small parts, each of which would round to the
+    // last digit of a residual that is a thousand times as large in some columns.
+    std::fill_n(branch.data, x.rows * x.cols, 0.0f);
+    if (hooks.ffn && hooks.ffn(l, normed, branch)) {
+      // done
+    } else if (const auto* dense = std::get_if<PackedExperts>(&w.ffn)) {
+      cleave::dense_ffn(*dense, normed, branch, workspace, pool.parallel_for());
+    } else {
+      run_experts(std::get<PackedMoe>(w.ffn), thresholds[l], normed, branch);
+      if (hooks.routing) hooks.routing(l, routing);
+    }
+    add(branch, x);
+  }
+  norm(x, weights.final_norm, hidden);
 }
 
 void Model::Impl::run_experts(const PackedMoe& moe, float threshold, MatrixView<const float> normed,
@@ -281,32 +344,46 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
   const KvLayout layout = kv_layout(c, cache.capacity_);
 
   const ForwardRoom room(c, T, impl_->forward_memory);
-  const MatrixView<float> x = room.x, normed = room.normed, branch = room.branch;
-  embed(tokens, x);
+  embed(tokens, room.x);
   if (T == 0) return;
   for (std::int64_t t = 0; t < T; ++t)
     impl_->rope.angles(position + t, room.cosine.row(t), room.sine.row(t));
-  for (std::int64_t l = 0; l < c.num_layers; ++l) {
-    const LayerWeights& w = impl_->weights.layers[l];
-    impl_->norm(x, w.input_norm, normed);
+  impl_->run_layers(room, hooks, hidden, [&](std::int64_t l, const LayerWeights& w) {
     impl_->attend(w, room, position, layout, cache.layer(l));
-    impl_->norm(x, w.post_norm, normed);
-    if (hooks.ffn_input) hooks.ffn_input(l, normed);
-    // Not straight into x: the kernels add in many small parts, each of which would round to the
-    // last digit of a residual that is a thousand times as large in some columns.
-    std::fill_n(branch.data, T * D, 0.0f);
-    if (hooks.ffn && hooks.ffn(l, normed, branch)) {
-      // done
-    } else if (const auto* dense = std::get_if<PackedExperts>(&w.ffn)) {
-      cleave::dense_ffn(*dense, normed, branch, impl_->workspace, parallel());
-    } else {
-      impl_->run_experts(std::get<PackedMoe>(w.ffn), impl_->thresholds[l], normed, branch);
-      if (hooks.routing) hooks.routing(l, impl_->routing);
-    }
-    impl_->add(branch, x);
-  }
-  impl_->norm(x, impl_->weights.final_norm, hidden);
+  });
   cache.size_ += T;
+}
+
+void Model::forward_step(std::span<const std::int32_t> tokens, std::span<KvCache* const> caches,
+                         MatrixView<float> hidden) {
+  const ModelConfig& c = impl_->config;
+  const auto B = static_cast<std::int64_t>(tokens.size());
+  if (caches.size() != tokens.size() || hidden.rows != B || hidden.cols != c.hidden_size)
+    fail_argument(
+        "Model::forward_step: {} tokens, {} caches and hidden [{}, {}]; expected a cache for each "
+        "token and [B, D = {}]",
+        B, caches.size(), hidden.rows, hidden.cols, c.hidden_size);
+  for (std::int64_t b = 0; b < B; ++b) {
+    check_cache("Model::forward_step", *caches[b], caches[b]->size_, 1);
+    if (std::find(caches.begin(), caches.begin() + b, caches[b]) != caches.begin() + b)
+      fail_argument(
+          "Model::forward_step: token {} has the cache of an earlier one; every sequence "
+          "needs its own",
+          b);
+  }
+  const ForwardRoom room(c, B, impl_->forward_memory);
+  embed(tokens, room.x);
+  if (B == 0) return;
+  std::vector<Impl::CachePart> parts;
+  for (std::int64_t b = 0; b < B; ++b) {
+    parts.push_back({caches[b]->size_, kv_layout(c, caches[b]->capacity_), nullptr});
+    impl_->rope.angles(caches[b]->size_, room.cosine.row(b), room.sine.row(b));
+  }
+  impl_->run_layers(room, {}, hidden, [&](std::int64_t l, const LayerWeights& w) {
+    for (std::int64_t b = 0; b < B; ++b) parts[b].memory = caches[b]->layer(l);
+    impl_->attend_each(w, room, parts);
+  });
+  for (KvCache* cache : caches) ++cache->size_;
 }
 
 void Model::logits(MatrixView<const float> hidden, MatrixView<float> out) {

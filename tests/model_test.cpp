@@ -47,6 +47,38 @@ TEST_P(TinyModel, PiecesAndSingleTokensEqualTheWhole) {
   }
 }
 
+/// Sequences of different lengths take steps together, one after the other of them has begun.
+TEST_P(TinyModel, StepsOfSeveralSequencesEqualEachAlone) {
+  Model model = Model::load(Checkpoint::open(golden_.directory), {.threads = 2});
+  const std::int64_t D = model.config().hidden_size, V = model.config().vocab_size;
+  constexpr std::int64_t kSteps = 6;
+  const std::int64_t started[] = {0, 3, 1};  // tokens of each sequence before the first step
+  std::vector<KvCache> caches(3, KvCache(model.config(), 3 + kSteps));
+  std::vector<KvCache*> all;
+  std::vector<std::vector<std::int32_t>> ids;
+  std::vector<float> room(3 * D);
+  for (std::int64_t b = 0; b < 3; ++b) {
+    const auto first = golden_.ids.begin() + 2 * b;
+    ids.emplace_back(first, first + started[b] + kSteps);
+    all.push_back(&caches[b]);
+    model.forward(std::span(ids[b]).first(started[b]), caches[b], {room.data(), started[b], D});
+  }
+  std::vector<std::vector<float>> alone;
+  for (const auto& sequence : ids) alone.push_back(all_logits(model, sequence));
+  std::vector<float> hidden(3 * D), logits(3 * V);
+  for (std::int64_t step = 0; step < kSteps; ++step) {
+    std::vector<std::int32_t> tokens;
+    for (std::int64_t b = 0; b < 3; ++b) tokens.push_back(ids[b][started[b] + step]);
+    model.forward_step(tokens, all, {hidden.data(), 3, D});
+    model.logits({hidden.data(), 3, D}, {logits.data(), 3, V});
+    for (std::int64_t b = 0; b < 3; ++b)
+      for (std::int64_t v = 0; v < V; ++v)
+        ASSERT_NEAR(logits[b * V + v], alone[b][(started[b] + step) * V + v], 1e-4)
+            << "sequence " << b << ", step " << step;
+  }
+  EXPECT_EQ(caches[1].size(), 3 + kSteps);
+}
+
 TEST_P(TinyModel, TheSameCallGivesTheSameBits) {
   Model first = Model::load(Checkpoint::open(golden_.directory), {.threads = 2});
   Model second = Model::load(Checkpoint::open(golden_.directory), {.threads = 2});
@@ -198,6 +230,21 @@ TEST(Model, RefusesWhatDoesNotFit) {
   EXPECT_THROW(model.dense_ffn(2), InvalidArgument);
   EXPECT_THROW(model.set_moe(0, MoeLayer()), InvalidArgument);
   EXPECT_THROW(KvCache(model.config(), 0), InvalidArgument);
+}
+
+TEST(Model, RefusesStepsThatDoNotFit) {
+  Model model = Model::load(Checkpoint::open(tiny_golden("llama").directory));
+  const std::int64_t D = model.config().hidden_size;
+  KvCache a(model.config(), 1), b(model.config(), 2);
+  std::vector<float> hidden(2 * D);
+  const std::vector<std::int32_t> tokens = {1, 2};
+  std::vector<KvCache*> same = {&b, &b}, one = {&b}, both = {&a, &b};
+  const MatrixView<float> out(hidden.data(), 2, D);
+  EXPECT_THROW(model.forward_step(tokens, same, out), InvalidArgument);
+  EXPECT_THROW(model.forward_step(tokens, one, out), InvalidArgument);
+  model.forward_step(tokens, both, out);
+  EXPECT_THROW(model.forward_step(tokens, both, out), InvalidArgument);  // `a` is full
+  EXPECT_EQ(b.size(), 1);
 }
 
 TEST(Model, AMissingTensorIsNamed) {

@@ -107,6 +107,12 @@ class Model {
   /// @throws InvalidArgument  an id out of range, or the cache is too small
   void forward(std::span<const std::int32_t> tokens, KvCache& cache, MatrixView<float> hidden,
                const ForwardHooks& hooks = {});
+  /// One token of each of B sequences, each with a cache of its own: what B calls of forward() with
+  /// one token would do, while every weight is read once.
+  ///   tokens [B]    caches [B], distinct    hidden [B, D], written
+  /// @throws InvalidArgument  as forward(); or two tokens share a cache
+  void forward_step(std::span<const std::int32_t> tokens, std::span<KvCache* const> caches,
+                    MatrixView<float> hidden);
   /// The head: hidden [T, D] -> logits [T, V]. Apart from forward(), so that only the rows that are
   /// needed are computed, and in pieces (V is large).
   void logits(MatrixView<const float> hidden, MatrixView<float> out);
