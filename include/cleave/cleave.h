@@ -25,6 +25,7 @@
 #include "cleave/model.h"
 #include "cleave/moe_layer.h"
 #include "cleave/packed.h"
+#include "cleave/self_text.h"
 #include "cleave/threshold.h"
 // 5 the whole way, and writing
 #include "cleave/baselines.h"

@@ -21,6 +21,7 @@ WrittenReport report_on(const ConvertOptions& options, const Checkpoint& written
   report.dense = options.model;
   report.text = options.text;
   report.calibration = options.calibration;
+  if (self_calibration_tokens(options) > 0) report.calibration.push_back("the model's own text");
   report.baselines = options.baselines;
   report.out = options.report.empty() ? (std::filesystem::path(options.out) / "report").string()
                                       : options.report;
@@ -38,11 +39,11 @@ Conversion run_conversion(const Checkpoint& source, const ConvertOptions& option
   // What can be refused is refused before the text is read.
   if (options.active_share > 0.0) {
     const BudgetSpec budget = make_budget(options, source.config().intermediate_size);
-    text = calibration_text(source, options);
+    text = calibration_text(source, options, progress);
     return convert_to_budget(source, budget, *text, report);
   }
   const ConvertSpec spec = make_spec(options);
-  if (!options.calibration.empty()) text = calibration_text(source, options);
+  if (is_calibrated(options)) text = calibration_text(source, options, progress);
   return convert(source, spec, text ? &*text : nullptr, report);
 }
 
@@ -172,11 +173,11 @@ std::string conversion_text(const ConvertOptions& options, const ModelConfig& so
 
 void run_convert(ConvertOptions options, const CLI::App& command) {
   const auto begin = std::chrono::steady_clock::now();
-  check_combination(options, command);
   const bool budget = options.active_share > 0.0;
   if (command.count("--calibration-tokens") == 0)
     options.calibration_tokens = budget ? 32768 : 16384;
   if (command.count("--context") == 0) options.context = budget ? 1024 : 512;
+  check_combination(options, command);
   const WriteSpec write{.dtype = parse_dtype(options.dtype), .overwrite = options.overwrite};
   check_output(options.out, options.overwrite);
   const Checkpoint source = Checkpoint::open(options.model);
@@ -219,7 +220,7 @@ void add_convert_command(CLI::App& app) {
   command
       ->add_option("--active-share", options->active_share,
                    "Convert to a budget: the share of the FFN neurons that run per token. The rest "
-                   "is chosen for the best result known; needs --calibration")
+                   "is chosen for the best result known")
       ->check(CLI::Range(1e-6, 1.0));
   command
       ->add_option("-e,--experts", options->experts,
@@ -278,6 +279,12 @@ void add_convert_command(CLI::App& app) {
       ->add_option("--calibration-tokens", options->calibration_tokens,
                    "Use at most N tokens of it; 0: all. Default 16384, with --active-share 32768")
       ->check(CLI::NonNegativeNumber);
+  command
+      ->add_option("--self-calibration", options->self_calibration,
+                   "Tokens of text that MODEL writes itself, to calibrate on after --calibration. "
+                   "auto: 0; with --active-share and no --calibration as many as "
+                   "--calibration-tokens")
+      ->capture_default_str();
   command
       ->add_option("--context", options->context,
                    "Calibration window, tokens. Default 512, with --active-share 1024")

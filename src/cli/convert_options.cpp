@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cmath>
 
+#include "cleave/self_text.h"
 #include "cli/report_command.h"
 
 namespace cleave::cli {
@@ -58,6 +59,29 @@ void check_allocation(const BudgetSpec& spec, std::int64_t hidden) {
         "--allocation: 'kl' divides the neurons that always run among the layers, and here {}; "
         "give another --shared, or --allocation uniform",
         shares.shared == 0 ? "none do" : "all that run do"));
+}
+
+TokenWindows text_of_files(const Checkpoint& source, const ConvertOptions& options) {
+  const Tokenizer tokenizer = Tokenizer::from_checkpoint(source);
+  if (options.active_share == 0.0)
+    return load_windows(tokenizer, options.calibration, options.context,
+                        options.calibration_tokens);
+  const auto files = static_cast<std::int64_t>(options.calibration.size());
+  TokenWindows all;
+  all.context = options.context;
+  for (std::int64_t i = 0; i < files; ++i) {
+    const std::int64_t windows = options.calibration_tokens / options.context;
+    const std::int64_t share = (windows * (i + 1)) / files - (windows * i) / files;
+    if (options.calibration_tokens > 0 && share == 0)
+      throw InvalidArgument(fmt::format(
+          "--calibration-tokens: {} are fewer than one window of {} for each of {} files",
+          options.calibration_tokens, options.context, files));
+    TokenWindows part = load_windows(tokenizer, {options.calibration[static_cast<std::size_t>(i)]},
+                                     options.context, share * options.context);
+    part.tokens.resize(static_cast<std::size_t>(part.count() * part.context));
+    all.tokens.insert(all.tokens.end(), part.tokens.begin(), part.tokens.end());
+  }
+  return all;
 }
 
 }  // namespace
@@ -135,36 +159,48 @@ Json settings_json(const ConvertOptions& options) {
   settings.update({{"calibration_files", options.calibration.size()},
                    {"context", options.context},
                    {"calibration_tokens", options.calibration_tokens},
+                   {"self_calibration_tokens", self_calibration_tokens(options)},
                    {"dtype", options.dtype},
                    {"seed", options.common.seed}});
   return settings;
 }
 
-TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options) {
-  const Tokenizer tokenizer = Tokenizer::from_checkpoint(source);
-  if (options.active_share == 0.0)
-    return load_windows(tokenizer, options.calibration, options.context,
-                        options.calibration_tokens);
-  const auto files = static_cast<std::int64_t>(options.calibration.size());
-  TokenWindows all;
-  all.context = options.context;
-  for (std::int64_t i = 0; i < files; ++i) {
-    const std::int64_t windows = options.calibration_tokens / options.context;
-    const std::int64_t share = (windows * (i + 1)) / files - (windows * i) / files;
-    if (options.calibration_tokens > 0 && share == 0)
-      throw InvalidArgument(fmt::format(
-          "--calibration-tokens: {} are fewer than one window of {} for each of {} files",
-          options.calibration_tokens, options.context, files));
-    TokenWindows part = load_windows(tokenizer, {options.calibration[static_cast<std::size_t>(i)]},
-                                     options.context, share * options.context);
-    part.tokens.resize(static_cast<std::size_t>(part.count() * part.context));
-    all.tokens.insert(all.tokens.end(), part.tokens.begin(), part.tokens.end());
-  }
-  return all;
+std::int64_t self_calibration_tokens(const ConvertOptions& options) {
+  const bool alone = options.active_share > 0.0 && options.calibration.empty();
+  return parse_count("--self-calibration", options.self_calibration,
+                     alone ? options.calibration_tokens : 0);
+}
+
+bool is_calibrated(const ConvertOptions& options) {
+  return !options.calibration.empty() || self_calibration_tokens(options) > 0;
+}
+
+TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options,
+                              Progress& progress) {
+  TokenWindows text;
+  text.context = options.context;
+  if (!options.calibration.empty()) text = text_of_files(source, options);
+  const std::int64_t windows = self_calibration_tokens(options) / options.context;
+  if (windows == 0) return text;
+  Model model = Model::load(source, {.threads = options.common.threads});
+  const TokenWindows own = self_generated_text(
+      model, {.windows = windows, .context = options.context, .seed = options.common.seed},
+      [&](std::int64_t done, std::int64_t all) {
+        progress.update(fmt::format("writing calibration text {}/{}", done, all), done == all);
+      });
+  text.tokens.resize(static_cast<std::size_t>(text.count() * text.context));
+  text.tokens.insert(text.tokens.end(), own.tokens.begin(), own.tokens.end());
+  return text;
 }
 
 void check_combination(const ConvertOptions& options, const CLI::App& command) {
   const auto given = [&](const char* name) { return command.count(name) > 0; };
+  const std::int64_t own = self_calibration_tokens(options);
+  if (own > 0 && own < options.context)
+    throw InvalidArgument(
+        fmt::format("--self-calibration: {} tokens are less than one window of {}; give 0 or more "
+                    "than that, or a smaller --context",
+                    own, options.context));
   if (options.active_share == 0.0) {
     for (const char* name :
          {"--shared", "--refit", "--router", "--penalty", "--correction", "--allocation"})
@@ -177,8 +213,10 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
     if (given(name))
       throw InvalidArgument(fmt::format(
           "{} and --active-share exclude each other: a budget decides it by itself", name));
-  if (options.calibration.empty())
-    throw InvalidArgument("--active-share needs a text to learn from; give --calibration FILE");
+  if (!is_calibrated(options))
+    throw InvalidArgument(
+        "--active-share needs a text to learn from; give --calibration FILE, or --self-calibration "
+        "N: the model writes one");
 }
 
 void check_report(const ConvertOptions& options, const CLI::App& command,
@@ -195,7 +233,7 @@ void check_report(const ConvertOptions& options, const CLI::App& command,
     throw InvalidArgument(
         "--baselines: the report is measured on text that the conversion has not seen; give "
         "--text FILE, or --baselines none");
-  if (options.calibration.empty())
+  if (!is_calibrated(options))
     throw InvalidArgument(
         "--baselines: they are fitted on text; give --calibration FILE, or --baselines none");
   const std::int64_t hidden = source.config().intermediate_size;

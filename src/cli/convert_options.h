@@ -24,6 +24,7 @@ struct ConvertOptions {
   std::string scale = "fitted";
   std::vector<std::string> calibration;
   std::int64_t calibration_tokens = 0;  // 0: as the mode likes it
+  std::string self_calibration = "auto";
   std::int64_t context = 0;
   std::string dtype = "auto";
   std::string baselines = "none";
@@ -45,7 +46,12 @@ BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden);
 Json settings_json(const ConvertOptions& options);
 
 /// The calibration text. For a budget equal parts of every file, so that a long one does not push
-/// out the others.
-TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options);
+/// out the others. What the model writes itself follows.
+TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options,
+                              Progress& progress);
+/// Tokens that the model writes itself: as asked for, or all where a budget has no other text.
+std::int64_t self_calibration_tokens(const ConvertOptions& options);
+/// Whether there is any calibration text.
+bool is_calibrated(const ConvertOptions& options);
 
 }  // namespace cleave::cli

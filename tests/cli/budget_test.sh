@@ -54,6 +54,17 @@ says out.txt '"partition": "cmoe"'
 expect 0 $small --router representative --partition expertweaver
 says out.txt '"router": "representative"'
 
+# Text that the model writes itself: beside the one given, and where none is.
+expect 0 $convert --active-share 0.5 --self-calibration 600
+says err.txt 'writing calibration text 512/512'
+says out/cleave.json '"self_calibration_tokens": *600'
+expect 0 $convert --active-share 0.5 --self-calibration 512 --quiet --json
+says out.txt '"calibration_tokens": 1536'
+expect 0 $cleave convert "$source" out --overwrite --active-share 0.5 --calibration-tokens 512 --context 256 --quiet --json
+says out.txt '"calibration_tokens": 512'
+expect 0 $cleave convert "$source" out --overwrite --experts 8 --self-calibration 512 --context 256 --quiet --json
+says out.txt '"calibration_tokens": 512'
+
 # The shared neurons divided among the layers; all commands take the padded result.
 expect 0 $convert --active-share 0.5 --allocation kl --router ridge
 says out.txt 'allocation kl: KL [0-9.]* on 2 calibration windows held apart'
@@ -110,8 +121,12 @@ expect 2 $convert --active-share 0.5 --active 4
 says err.txt 'exclude each other'
 expect 2 $convert --refit on
 says err.txt 'give --active-share'
-expect 2 $cleave convert "$source" out --overwrite --active-share 0.5
+expect 2 $cleave convert "$source" out --overwrite --active-share 0.5 --self-calibration 0
 says err.txt 'needs a text'
+expect 2 $convert --active-share 0.5 --self-calibration 100
+says err.txt 'less than one window of 256'
+expect 2 $convert --active-share 0.5 --self-calibration many
+says err.txt "neither a whole number nor 'auto'"
 expect 2 $cleave convert "$source" out --overwrite --active-share 0.5 --calibration "$text" "$text" \
   --calibration-tokens 300 --context 256
 says err.txt 'fewer than one window'
