@@ -4,11 +4,12 @@
 #
 #   bench/quality.sh TEXTS OUT [SEED...]
 #
-# TEXTS holds wikitext-2.valid.txt, tinystories.heldout.txt and war-and-peace.txt. OUT receives the cut texts, the
+# TEXTS holds wikitext-2.valid.txt, tinystories.calib.txt, tinystories.heldout.txt and war-and-peace.txt. OUT receives the cut texts, the
 # models and a report per budget and seed (default: seed 0). Environment:
 # CLEAVE (the program, default build/bin/cleave), MODEL, CALIBRATION (a text; default: two fifths of wikitext),
 # CALIBRATION_TOKENS (32768), CONTEXT (1024), EVAL_TOKENS (6144 of each text), RHOS ("0.75 0.5 0.25"),
-# BASELINES (all; of the first seed), SEED_BASELINES (none; of the other seeds).
+# BASELINES (all; of the first seed), SEED_BASELINES (none; of the other seeds), SELF_TOKENS (16384: text that the model
+# writes itself, in the self-calibrated rows), TUNE_STEPS (0: no tuning; the published rows have 450, and take an hour each).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 2 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | grep -v '^set' >&2; exit 2; }
@@ -28,15 +29,21 @@ head -n $(($(lines "$wiki") * 2 / 5)) "$wiki" > "$out/wikitext.calibration.txt"
 tail -n $(($(lines "$wiki") * 3 / 5)) "$wiki" | awk 'int(NR / 40) % 8 == 4' > "$out/wikitext.heldout.txt"
 tail -n $(($(lines "$peace") / 20)) "$peace" > "$out/war-and-peace.heldout.txt"
 cp "$texts/tinystories.heldout.txt" "$out/stories.heldout.txt"
+# To tune on: the rest of wikitext; or equal parts of it and of what goes before the other two.
+tail -n $(($(lines "$wiki") * 3 / 5)) "$wiki" | awk 'int(NR / 40) % 8 != 4' > "$out/wikitext.rest.txt"
+head -c 212000 "$out/wikitext.rest.txt" > "$out/wikitext.part.txt"
+head -c 212000 "$texts/tinystories.calib.txt" > "$out/stories.part.txt"
+head -c 212000 "$peace" > "$out/war-and-peace.part.txt"
 calibration=${CALIBRATION:-$out/wikitext.calibration.txt}
 held_out=("$out"/wikitext.heldout.txt "$out"/stories.heldout.txt "$out"/war-and-peace.heldout.txt)
 
-convert() { # name, then options
+convert_without_text() { # name, then options
   local name=$1
   shift
-  [ -d "$out/$name" ] || "$cleave" convert "$model" "$out/$name" --calibration "$calibration" \
+  [ -d "$out/$name" ] || "$cleave" convert "$model" "$out/$name" \
     --calibration-tokens "$calibration_tokens" --context "$context" "$@"
 }
+convert() { convert_without_text "$@" --calibration "$calibration"; }
 against_dense() { # name: KL on every text
   local text
   for text in "${held_out[@]}"; do
@@ -59,12 +66,29 @@ for seed in "${seeds[@]}"; do
 done
 
 # What routing, refit and shared experts each are worth, at the first seed: routing off at the same budget and with the
-# same refit; no refit; experts alone (stock Mixtral).
+# same refit; no refit; experts alone (stock Mixtral). And text that the model writes itself: beside the calibration
+# text, and in its place.
 hidden=$("$cleave" inspect "$model" --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["intermediate_size"])')
 for rho in ${RHOS:-0.75 0.5 0.25}; do
   units=$(python3 -c "print(round($hidden / 16 * $rho))") # experts of 16 neurons
   convert "static-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared "$units"
   convert "unrepaired-$rho" --active-share "$rho" --seed "${seeds[0]}" --refit off
   convert "mixtral-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared 0
-  for variant in static unrepaired mixtral; do against_dense "$variant-$rho"; done
+  convert "self-$rho" --active-share "$rho" --seed "${seeds[0]}" --self-calibration "${SELF_TOKENS:-16384}"
+  convert_without_text "textless-$rho" --active-share "$rho" --seed "${seeds[0]}"
+  for variant in static unrepaired mixtral self textless; do against_dense "$variant-$rho"; done
 done
+
+# Light tuning of the conversion at half of the FFN, layer by layer.
+tune() { # name, steps, texts
+  local name=$1 steps=$2
+  shift 2
+  [ -d "$out/$name" ] || OMP_WAIT_POLICY=passive "$cleave" train "$out/moe-0.5-seed${seeds[0]}" "$out/$name" \
+    --teacher "$model" --data "$@" --recipe layerwise --steps "$steps" --lr 4e-3 --held-out-windows 0
+  against_dense "$name"
+}
+if [ "${TUNE_STEPS:-0}" -gt 0 ]; then
+  convert "moe-0.5-seed${seeds[0]}" --active-share 0.5 --seed "${seeds[0]}"
+  tune tuned-wikitext "$TUNE_STEPS" "$out/wikitext.calibration.txt" "$out/wikitext.rest.txt"
+  tune tuned-mixture $((TUNE_STEPS * 2 / 3)) "$out"/{wikitext,stories,war-and-peace}.part.txt
+fi
