@@ -40,8 +40,8 @@ TEST(SelfText, FollowsTheModelsDistribution) {
         double sum = 0.0, mean = 0.0, square = 0.0, kept = 0.0;
         for (std::int64_t v = 0; v < V; ++v)
           sum += p[v] = std::exp(logits[t * V + v] / temperature);
-        // A token that ends a text never stands in it: a random one took its place.
         for (double& value : p) value /= sum;
+        // In place of a token that ends a text stands any token, equally likely.
         for (const std::int32_t end : ends) kept += p[end];
         for (std::int64_t v = 0; v < V; ++v) {
           const bool end = std::find(ends.begin(), ends.end(), v) != ends.end();
