@@ -7,6 +7,9 @@
 
 #include "cleave/error.h"
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -29,10 +32,34 @@ void pause() {
 // on a virtual machine; longer spinning would take the core from others for nothing.
 constexpr std::chrono::microseconds kSpinTime(100);
 
+#if defined(__linux__)
+int current_cpu() { return sched_getcpu(); }
+
+/// Moves this thread off `cpu`. A kernel may wake a thread on the core of the one that wakes it,
+/// though others are idle, and leave the two to take turns there for milliseconds.
+void leave_cpu(int cpu) {
+  cpu_set_t allowed;
+  if (cpu < 0 || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(cpu, &others);
+  if (CPU_COUNT(&others) == 0) return;
+  sched_setaffinity(0, sizeof others, &others);
+  sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#else
+int current_cpu() { return -1; }
+void leave_cpu(int) {}
+#endif
+
+// After that the caller, whose workers are at work, goes on looking and offers its core to them
+// each time: to sleep, and to be woken onto a worker's core, would cost more.
+constexpr std::chrono::milliseconds kYieldTime(2);
+
 /// Waits until `ready` says so of `value`. Where there are more threads than cores, whoever spins
 /// may keep the one from running that it waits for.
 template <typename Ready>
-void wait_for_change(const std::atomic<std::uint32_t>& value, bool spin, const Ready& ready) {
+void wait_for_change(const std::atomic<std::uint32_t>& value, bool spin,
+                     std::chrono::microseconds yield_time, const Ready& ready) {
   constexpr int kPausesPerLook = 16;  // at the clock, which is slower than at the value
   if (spin) {
     const auto end = std::chrono::steady_clock::now() + kSpinTime;
@@ -42,6 +69,10 @@ void wait_for_change(const std::atomic<std::uint32_t>& value, bool spin, const R
         pause();
       }
     } while (std::chrono::steady_clock::now() < end);
+    while (std::chrono::steady_clock::now() < end + yield_time) {
+      if (ready(value.load(std::memory_order_acquire))) return;
+      std::this_thread::yield();
+    }
   }
   for (std::uint32_t seen = value.load(std::memory_order_acquire); !ready(seen);
        seen = value.load(std::memory_order_acquire))
@@ -82,7 +113,7 @@ void ThreadPool::run(void* pool, std::int64_t n, std::int64_t grain, void* conte
   const std::int64_t ranges =
       std::min<std::int64_t>(self.threads(), n / std::max<std::int64_t>(1, grain));
   if (ranges <= 1 || inside_body) return body(context, 0, n);
-  self.distribute({body, context, n, ranges});
+  self.distribute({body, context, n, ranges, current_cpu()});
 }
 
 void ThreadPool::distribute(const Job& job) {
@@ -92,7 +123,7 @@ void ThreadPool::distribute(const Job& job) {
   round_.fetch_add(1, std::memory_order_release);
   round_.notify_all();
   run_range(0);
-  wait_for_change(running_, spin_, [](std::uint32_t left) { return left == 0; });
+  wait_for_change(running_, spin_, kYieldTime, [](std::uint32_t left) { return left == 0; });
   std::exception_ptr first;
   for (std::exception_ptr& error : errors_) {
     if (error != nullptr && first == nullptr) first = error;
@@ -117,8 +148,9 @@ void ThreadPool::run_range(std::int64_t index) {
 
 void ThreadPool::work(std::int64_t index) {
   for (std::uint32_t done = 0;; ++done) {
-    wait_for_change(round_, spin_, [&](std::uint32_t round) { return round != done; });
+    wait_for_change(round_, spin_, {}, [&](std::uint32_t round) { return round != done; });
     if (stop_.load(std::memory_order_relaxed)) return;
+    if (spin_ && current_cpu() == job_.cpu) leave_cpu(job_.cpu);
     run_range(index);
     if (running_.fetch_sub(1, std::memory_order_acq_rel) == 1) running_.notify_one();
   }

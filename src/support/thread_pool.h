@@ -40,6 +40,7 @@ class ThreadPool {
     void* context = nullptr;
     std::int64_t n = 0;
     std::int64_t ranges = 0;
+    int cpu = -1;  // of the caller
   };
 
   static void run(void* pool, std::int64_t n, std::int64_t grain, void* context, Body body);
