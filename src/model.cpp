@@ -249,7 +249,7 @@ void Model::Impl::run_experts(const PackedMoe& moe, float threshold, MatrixView<
   linear(moe.router, normed, {}, logits, /*add=*/false, workspace, pool.parallel_for());
   route(logits,
         {.experts_per_token = moe.experts_per_token, .mode = moe.gate, .threshold = threshold},
-        routing);
+        routing, pool.parallel_for());
   moe_ffn(moe.experts, routing, moe.scale, normed, y, workspace, pool.parallel_for());
   if (moe.shared.num_experts() > 0)
     cleave::dense_ffn(moe.shared, normed, y, workspace, pool.parallel_for());

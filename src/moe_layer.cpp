@@ -52,7 +52,8 @@ void MoeLayer::forward(MatrixView<const float> x, MatrixView<float> y, const Par
   linear(x, router.view(), {}, {logits.data(), x.rows, E}, parallel);
   Routing local;
   Routing& routing = routing_out != nullptr ? *routing_out : local;
-  route({logits.data(), x.rows, E}, experts_per_token, gate, routing);
+  route({logits.data(), x.rows, E}, {.experts_per_token = experts_per_token, .mode = gate}, routing,
+        parallel);
   moe_ffn(experts, routing, scale, x, y, parallel);
   if (shared.rows() > 0) add_shared(shared, x, y, parallel);
   if (experts.down_bias.empty()) return;

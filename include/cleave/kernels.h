@@ -56,6 +56,9 @@ void linear_reference(MatrixView<const float> x, MatrixView<const float> weight,
 /// @throws InvalidArgument  K < 1 or K > E, a threshold outside [0, 1], or a logit is NaN or
 ///                          infinite (names the token)
 void route(MatrixView<const float> logits, const RouteSpec& spec, Routing& routing);
+/// The same, tokens shared out over threads.
+void route(MatrixView<const float> logits, const RouteSpec& spec, Routing& routing,
+           const ParallelFor& parallel);
 /// The same with exactly K experts.
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
            Routing& routing);

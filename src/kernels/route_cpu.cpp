@@ -8,6 +8,7 @@
 #include "cleave/error.h"
 #include "cleave/kernels.h"
 #include "kernels/check_logits.h"
+#include "kernels/dispatch.h"
 
 namespace cleave {
 namespace {
@@ -23,6 +24,28 @@ void select_largest(const float* logits, std::int64_t num_experts, std::int64_t 
     for (; place > 0 && logits[e] > logits[ids[place - 1]]; --place) ids[place] = ids[place - 1];
     ids[place] = static_cast<std::int32_t>(e);
   }
+}
+
+// With many of few experts selected, insertion moves most of them several times; counting compares
+// each with all, a vector at a time.
+void select_by_rank(const float* logits, std::int64_t num_experts, std::int64_t K,
+                    std::int32_t* ids) {
+  std::int32_t rank[kMostRanked];
+  row_kernels().rank(logits, num_experts, rank);
+  std::fill(ids, ids + K, Routing::kUnused);
+  for (std::int64_t e = 0; e < num_experts; ++e) {
+    std::int64_t place = rank[e];
+    while (place < K && ids[place] != Routing::kUnused) ++place;  // equal logits, lower ids
+    if (place < K) ids[place] = static_cast<std::int32_t>(e);
+  }
+}
+
+void select(const float* logits, std::int64_t num_experts, std::int64_t K, std::int32_t* ids) {
+  constexpr std::int64_t kFew = 4;
+  if (K > kFew && num_experts <= kMostRanked)
+    select_by_rank(logits, num_experts, K, ids);
+  else
+    select_largest(logits, num_experts, K, ids);
 }
 
 /// How many of the K selected, by falling logit, reach the threshold; `lowest` is its logarithm.
@@ -45,6 +68,23 @@ void softmax_selected(const float* logits, std::int64_t num_experts, const std::
     for (std::int64_t e = 0; e < num_experts; ++e) sum += std::exp(logits[e] - logits[ids[0]]);
   }
   for (std::int64_t k = 0; k < used; ++k) weights[k] /= sum;
+}
+
+/// Tokens [begin, end), whose ids and weights are given.
+void route_tokens(MatrixView<const float> logits, std::int64_t begin, std::int64_t end,
+                  const RouteSpec& spec, std::int32_t* ids, float* weights) {
+  const std::int64_t K = spec.experts_per_token;
+  const double lowest = std::log(static_cast<double>(spec.threshold));
+  for (std::int64_t t = begin; t < end; ++t, ids += K, weights += K) {
+    check_logits("route", logits.row(t), logits.cols, t);
+    select(logits.row(t), logits.cols, K, ids);
+    const std::int64_t used = count_used(logits.row(t), ids, K, lowest);
+    std::fill(weights, weights + used, 1.0f);
+    if (spec.mode == GateMode::kSoftmax)
+      softmax_selected(logits.row(t), logits.cols, ids, used, spec.normalise, weights);
+    std::fill(ids + used, ids + K, Routing::kUnused);
+    std::fill(weights + used, weights + K, 0.0f);
+  }
 }
 
 }  // namespace
@@ -71,35 +111,30 @@ void check_logits(const char* function, const float* logits, std::int64_t num_ex
           function, e, token, logits[e]));
 }
 
-void route(MatrixView<const float> logits, const RouteSpec& spec, std::int32_t* ids,
-           float* weights) {
+void route(MatrixView<const float> logits, const RouteSpec& spec, Routing& routing,
+           const ParallelFor& parallel) {
   check_route_spec("route", spec, logits.cols);
   const std::int64_t K = spec.experts_per_token;
-  const double lowest = std::log(static_cast<double>(spec.threshold));
-  for (std::int64_t t = 0; t < logits.rows; ++t, ids += K, weights += K) {
-    check_logits("route", logits.row(t), logits.cols, t);
-    select_largest(logits.row(t), logits.cols, K, ids);
-    const std::int64_t used = count_used(logits.row(t), ids, K, lowest);
-    std::fill(weights, weights + used, 1.0f);
-    if (spec.mode == GateMode::kSoftmax)
-      softmax_selected(logits.row(t), logits.cols, ids, used, spec.normalise, weights);
-    std::fill(ids + used, ids + K, Routing::kUnused);
-    std::fill(weights + used, weights + K, 0.0f);
-  }
+  routing.num_tokens = logits.rows;
+  routing.experts_per_token = K;
+  routing.ids.resize(logits.rows * K);
+  routing.weights.resize(logits.rows * K);
+  constexpr std::int64_t kTokensPerRange = 32;
+  parallel(logits.rows, kTokensPerRange, [&](std::int64_t begin, std::int64_t end) {
+    route_tokens(logits, begin, end, spec, routing.ids.data() + begin * K,
+                 routing.weights.data() + begin * K);
+  });
 }
 
 void route(MatrixView<const float> logits, const RouteSpec& spec, Routing& routing) {
-  check_route_spec("route", spec, logits.cols);
-  routing.num_tokens = logits.rows;
-  routing.experts_per_token = spec.experts_per_token;
-  routing.ids.resize(logits.rows * spec.experts_per_token);
-  routing.weights.resize(logits.rows * spec.experts_per_token);
-  route(logits, spec, routing.ids.data(), routing.weights.data());
+  route(logits, spec, routing, ParallelFor());
 }
 
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
            std::int32_t* ids, float* weights) {
-  route(logits, {.experts_per_token = experts_per_token, .mode = mode}, ids, weights);
+  const RouteSpec spec{.experts_per_token = experts_per_token, .mode = mode};
+  check_route_spec("route", spec, logits.cols);
+  route_tokens(logits, 0, logits.rows, spec, ids, weights);
 }
 
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,

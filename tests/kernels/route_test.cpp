@@ -5,6 +5,7 @@
 
 #include "cleave/error.h"
 #include "random_ffn.h"
+#include "support/thread_pool.h"
 
 namespace cleave {
 namespace {
@@ -38,6 +39,27 @@ TEST(Route, TiesGoToTheLowerId) {
   route({logits.data(), 1, 4}, 3, GateMode::kHard, routing);
   EXPECT_EQ(routing.ids, (std::vector<std::int32_t>{1, 2, 0}));
   EXPECT_EQ(routing.weights, (std::vector<float>{1.0f, 1.0f, 1.0f}));
+}
+
+// Many of few experts are selected in another way.
+TEST(Route, TiesGoToTheLowerIdWithManySelected) {
+  const std::vector<float> logits = {2, 1, 2, 3, 1, 2, 0, 3, 1, 2};
+  Routing routing;
+  route({logits.data(), 1, 10}, 7, GateMode::kHard, routing);
+  EXPECT_EQ(routing.ids, (std::vector<std::int32_t>{3, 7, 0, 2, 5, 9, 1}));
+}
+
+TEST(Route, ThreadsDoNotChangeIt) {
+  std::mt19937 rng(3);
+  const OwnedMatrix logits = random_matrix(rng, 200, 40);
+  ThreadPool pool(3);
+  for (const std::int64_t K : {2, 20}) {
+    Routing one, three;
+    route(logits.view(), {.experts_per_token = K}, one);
+    route(logits.view(), {.experts_per_token = K}, three, pool.parallel_for());
+    EXPECT_EQ(one.ids, three.ids);
+    EXPECT_EQ(one.weights, three.weights);
+  }
 }
 
 TEST(Route, ALargeLogitDoesNotOverflow) {

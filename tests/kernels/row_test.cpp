@@ -107,5 +107,19 @@ TEST_P(RowKernelsTest, LargestIsTheFirstOfEquals) {
   EXPECT_EQ(rows_->largest(nullptr, 0), -1);
 }
 
+TEST_P(RowKernelsTest, RankCountsTheLargerNumbers) {
+  for (std::int64_t n = 0; n <= kMostRanked; ++n) {
+    std::mt19937 rng(static_cast<unsigned>(n));
+    std::vector<float> row = draw_values(rng, n);
+    for (std::int64_t i = 0; i + 3 < n; i += 7) row[i] = row[i + 3];  // some equal ones
+    std::vector<std::int32_t> rank(static_cast<std::size_t>(n) + 1, -7);
+    rows_->rank(row.data(), n, rank.data());
+    for (std::int64_t i = 0; i < n; ++i)
+      ASSERT_EQ(rank[i], std::count_if(row.begin(), row.end(), [&](float v) { return v > row[i]; }))
+          << i << " of " << n;
+    ASSERT_EQ(rank[n], -7);
+  }
+}
+
 }  // namespace
 }  // namespace cleave

@@ -105,7 +105,33 @@ std::int64_t largest(const float* row, std::int64_t n) {
   return -1;
 }
 
-constexpr RowKernels kRowKernels = {softmax_block, add_scaled, largest};
+/// Ranks of up to kVectors * 16 numbers, which stay in registers.
+template <int kVectors>
+void rank_few(const float* row, std::int64_t n, std::int32_t* rank) {
+  float padded[kVectors * kLanes] = {};
+  for (std::int64_t i = 0; i < n; ++i) padded[i] = row[i];
+  Floats own[kVectors];
+  Ints count[kVectors] = {};
+  for (int v = 0; v < kVectors; ++v) own[v] = load<Floats>(padded + v * kLanes);
+  for (std::int64_t other = 0; other < n; ++other) {
+    const Floats value = splat(row[other]);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) count[v] = count[v] - (value > own[v]);
+  }
+  std::int32_t counts[kVectors * kLanes];
+  for (int v = 0; v < kVectors; ++v) store(count[v], counts + v * kLanes);
+  for (std::int64_t i = 0; i < n; ++i) rank[i] = counts[i];
+}
+
+void rank(const float* row, std::int64_t n, std::int32_t* out) {
+  static_assert(kMostRanked == 8 * kLanes);
+  constexpr void (*kRank[])(const float*, std::int64_t, std::int32_t*) = {
+      rank_few<1>, rank_few<2>, rank_few<3>, rank_few<4>,
+      rank_few<5>, rank_few<6>, rank_few<7>, rank_few<8>};
+  if (n > 0) kRank[(n - 1) / kLanes](row, n, out);
+}
+
+constexpr RowKernels kRowKernels = {softmax_block, add_scaled, largest, rank};
 
 }  // namespace
 
