@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "cleave/kernels.h"
 
@@ -43,41 +44,57 @@ CLEAVE_CLONES void read_all(const char* begin, const char* end, std::uint64_t* r
 }
 
 #if defined(__x86_64__)
-// Twelve chains, by name: an array of accumulators would be kept in memory around each asm.
-#define CLEAVE_FMA_CHAINS(constraint)                                                  \
-  "vfmadd231ps %12, %12, %0\n vfmadd231ps %12, %12, %1\n vfmadd231ps %12, %12, %2\n"   \
-  "vfmadd231ps %12, %12, %3\n vfmadd231ps %12, %12, %4\n vfmadd231ps %12, %12, %5\n"   \
-  "vfmadd231ps %12, %12, %6\n vfmadd231ps %12, %12, %7\n vfmadd231ps %12, %12, %8\n"   \
-  "vfmadd231ps %12, %12, %9\n vfmadd231ps %12, %12, %10\n vfmadd231ps %12, %12, %11\n" \
-      : constraint(s0),                                                                \
-        constraint(s1),                                                                \
-        constraint(s2),                                                                \
-        constraint(s3),                                                                \
-        constraint(s4),                                                                \
-        constraint(s5),                                                                \
-        constraint(s6),                                                                \
-        constraint(s7),                                                                \
-        constraint(s8),                                                                \
-        constraint(s9),                                                                \
-        constraint(s10),                                                               \
-        constraint(s11)
+// Ten or sixteen chains, more than two of these instructions a cycle take to come back. The
+// registers are named: an array of accumulators would be kept in memory around each asm.
+#define CLEAVE_OP(op, reg, last, i) op " %%" reg last ", %%" reg last ", %%" reg #i "\n"
+#define CLEAVE_TEN(op, reg, last) \
+  CLEAVE_OP(op, reg, last, 0)     \
+  CLEAVE_OP(op, reg, last, 1)     \
+  CLEAVE_OP(op, reg, last, 2)     \
+  CLEAVE_OP(op, reg, last, 3)     \
+  CLEAVE_OP(op, reg, last, 4)     \
+  CLEAVE_OP(op, reg, last, 5)     \
+  CLEAVE_OP(op, reg, last, 6)     \
+  CLEAVE_OP(op, reg, last, 7) CLEAVE_OP(op, reg, last, 8) CLEAVE_OP(op, reg, last, 9)
+#define CLEAVE_SIXTEEN(op, reg, last) \
+  CLEAVE_TEN(op, reg, last)           \
+  CLEAVE_OP(op, reg, last, 10)        \
+  CLEAVE_OP(op, reg, last, 11)        \
+  CLEAVE_OP(op, reg, last, 12)        \
+  CLEAVE_OP(op, reg, last, 13) CLEAVE_OP(op, reg, last, 14) CLEAVE_OP(op, reg, last, 15)
+#define CLEAVE_CLOBBERED                                                                   \
+  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
+      "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 
-template <typename Vector>
-struct Chains {
-  Vector s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{}, s8{}, s9{}, s10{}, s11{};
-};
-__attribute__((target("avx512f"))) void fma_avx512(std::int64_t rounds, float* result) {
-  auto [s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11] = Chains<Floats>();
-  const Floats a = Floats{} + 1e-6f;
-  for (std::int64_t r = 0; r < rounds; ++r) asm volatile(CLEAVE_FMA_CHAINS("+v") : "v"(a));
-  *result = s0[0] + s5[0] + s11[0];
+// 2^-20 in every float, and in every other bfloat16.
+constexpr std::uint32_t kOperand = 0x35800000;
+
+__attribute__((target("avx512f"))) void dots_avx512(std::int64_t rounds) {
+  asm volatile("vzeroall\n vpbroadcastd %0, %%zmm31" ::"r"(kOperand) : CLEAVE_CLOBBERED, "xmm31");
+  for (std::int64_t r = 0; r < rounds; ++r)
+    asm volatile(CLEAVE_SIXTEEN("vdpbf16ps", "zmm", "31")::: CLEAVE_CLOBBERED);
 }
-typedef float Half __attribute__((vector_size(32)));
-__attribute__((target("avx2,fma"))) void fma_avx2(std::int64_t rounds, float* result) {
-  auto [s0, s1, s2, s3, s4, s5, s6, s7, s8, s9, s10, s11] = Chains<Half>();
-  const Half a = Half{} + 1e-6f;
-  for (std::int64_t r = 0; r < rounds; ++r) asm volatile(CLEAVE_FMA_CHAINS("+x") : "x"(a));
-  *result = s0[0] + s5[0] + s11[0];
+__attribute__((target("avx512f"))) void fma_avx512(std::int64_t rounds) {
+  asm volatile("vzeroall\n vpbroadcastd %0, %%zmm31" ::"r"(kOperand) : CLEAVE_CLOBBERED, "xmm31");
+  for (std::int64_t r = 0; r < rounds; ++r)
+    asm volatile(CLEAVE_SIXTEEN("vfmadd231ps", "zmm", "31")::: CLEAVE_CLOBBERED);
+}
+__attribute__((target("avx2,fma"))) void fma_avx2(std::int64_t rounds) {
+  asm volatile("vzeroall\n vmovd %0, %%xmm15\n vpbroadcastd %%xmm15, %%ymm15" ::"r"(kOperand)
+               : CLEAVE_CLOBBERED);
+  for (std::int64_t r = 0; r < rounds; ++r)
+    asm volatile(CLEAVE_TEN("vfmadd231ps", "ymm", "15")::: CLEAVE_CLOBBERED);
+}
+
+struct Peak {
+  void (*run)(std::int64_t rounds);
+  int operations;  ///< per round; a multiply-add is two
+};
+Peak peak_of_this_isa(WeightType weights) {
+  const std::string isa = isa_name();
+  if (isa == "avx512bf16" && weights == WeightType::kBF16) return {dots_avx512, 16 * 16 * 4};
+  if (isa.rfind("avx512", 0) == 0) return {fma_avx512, 16 * 16 * 2};
+  return {fma_avx2, 10 * 8 * 2};
 }
 #endif
 
@@ -101,20 +118,17 @@ double ReadProbe::run(const ParallelFor& parallel) const {
   return static_cast<double>(bytes_) / (now() - begin);
 }
 
-double fma_probe(const ParallelFor& parallel) {
+double arithmetic_probe(WeightType weights, const ParallelFor& parallel) {
 #if defined(__x86_64__)
-  constexpr std::int64_t kRounds = 2'000'000;
-  const bool wide = std::strncmp(isa_name(), "avx512", 6) == 0;
+  constexpr std::int64_t kRounds = 1'500'000;
+  const Peak peak = peak_of_this_isa(weights);
   const double begin = now();
   parallel(parallel.threads, 1, [&](std::int64_t from, std::int64_t to) {
-    for (std::int64_t i = from; i < to; ++i) {
-      float result = 0.0f;
-      wide ? fma_avx512(kRounds, &result) : fma_avx2(kRounds, &result);
-      sink += static_cast<std::uint64_t>(result);
-    }
+    for (std::int64_t i = from; i < to; ++i) peak.run(kRounds);
   });
-  return 2.0 * 12 * (wide ? 16 : 8) * kRounds * parallel.threads / (now() - begin);
+  return static_cast<double>(peak.operations) * kRounds * parallel.threads / (now() - begin);
 #else
+  static_cast<void>(weights);
   static_cast<void>(parallel);
   return 0.0;
 #endif

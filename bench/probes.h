@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "cleave/kernels.h"
+#include "cleave/packed.h"
 
 // What the machine can do at most, measured in the same process as what is compared with it.
 namespace cleave::bench {
@@ -22,7 +23,8 @@ class ReadProbe {
   char* memory_;
 };
 
-/// Float32 operations per second (a multiply-add is two) of all threads, from registers.
-double fma_probe(const ParallelFor& parallel);
+/// Operations per second (a multiply-add is two) of all threads, from registers: float32, or pairs
+/// of bfloat16 where the instruction set in use multiplies such weights so.
+double arithmetic_probe(WeightType weights, const ParallelFor& parallel);
 
 }  // namespace cleave::bench

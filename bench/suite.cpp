@@ -17,10 +17,13 @@ namespace {
 
 using Task = std::function<void(std::int64_t)>;
 
-/// Layers that are run one after the other where tokens are few, as a model does while it decodes:
-/// a single call of some hundred microseconds would measure how threads wake up.
-constexpr std::int64_t kDecodeLayers = 8;
-std::int64_t layers_in_a_row(std::int64_t tokens) { return tokens <= 8 ? kDecodeLayers : 1; }
+/// Layers that are run one after the other where a call takes at most a few milliseconds, as a
+/// model runs them: a single call would measure how threads wake up.
+constexpr std::int64_t kRowOfLayers = 8;
+std::int64_t layers_in_a_row(const FfnShape& shape, std::int64_t tokens) {
+  constexpr std::int64_t kShortCall = 10'000'000'000;  // multiply-adds
+  return tokens * shape.d_model * shape.hidden < kShortCall / 6 ? kRowOfLayers : 1;
+}
 
 /// Runs a setup's layers in rotation on the same tokens.
 class Runner {
@@ -38,7 +41,7 @@ class Runner {
   }
   Task task() {
     return [this](std::int64_t round) {
-      const std::int64_t n = layers_in_a_row(routing_.num_tokens);
+      const std::int64_t n = layers_in_a_row(setup_.shape(), routing_.num_tokens);
       for (std::int64_t i = 0; i < n; ++i) run_layer(round * n + i);
     };
   }
@@ -68,6 +71,11 @@ const Timing& fastest(const std::vector<Timing>& times, std::size_t first) {
 double flops(const FfnShape& s, std::int64_t T) {
   return 6.0 * static_cast<double>(T) * static_cast<double>(s.d_model * s.hidden) *
          static_cast<double>(s.active) / static_cast<double>(s.experts);
+}
+
+/// Of bfloat16 weights.
+double weight_bytes(const FfnShape& s) {
+  return 2.0 * 3.0 * static_cast<double>(s.d_model * s.hidden);
 }
 
 class Suite {
@@ -134,9 +142,9 @@ class Suite {
       const std::string row = T == 1 ? "C1" : T <= 8 ? "C2" : "C4";
       if (!wanted(row)) continue;
       const Routing routing = random_routing(shape, T, 5);
-      const std::int64_t in_a_row = layers_in_a_row(T);
-      const double active_bytes = static_cast<double>(in_a_row) * touched(shape, routing) *
-                                  static_cast<double>(sparse.layer(0).bytes());
+      const std::int64_t in_a_row = layers_in_a_row(shape, T);
+      const double active_bytes =
+          static_cast<double>(in_a_row) * touched(shape, routing) * weight_bytes(shape);
       Runner run_sparse(sparse, routing, parallel());
       Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
       // What the machine gives comes and goes: each round has its own limits.
@@ -146,7 +154,7 @@ class Suite {
       std::vector<Task> tasks{run_sparse.task(),
                               [&](std::int64_t) {
                                 bandwidth.push_back(probe.run(parallel()));
-                                peak.push_back(fma_probe(parallel()));
+                                peak.push_back(arithmetic_probe(shape.type, parallel()));
                               },
                               run_dense.task()};
       for (DenseBaseline* b : {onednn_f32.get(), onednn_bf16.get()})
@@ -166,10 +174,11 @@ class Suite {
         shares.push_back(std::max(read, arithmetic) / times[0].rounds_s[i]);
       }
       const std::string at = fmt::format("T = {}", T);
-      fmt::print(stderr,
-                 "{}: sparse {:.3f} ms, dense {:.3f} ms, read {:.1f} GB/s, FMA {:.0f} GF/s\n", at,
-                 1e3 * times[0].median_s, 1e3 * times[2].median_s, median(bandwidth) / 1e9,
-                 median(peak) / 1e9);
+      fmt::print(
+          stderr,
+          "{}: sparse {:.3f} ms, dense {:.3f} ms, read {:.1f} GB/s, arithmetic {:.0f} GF/s\n", at,
+          1e3 * times[0].median_s, 1e3 * times[2].median_s, median(bandwidth) / 1e9,
+          median(peak) / 1e9);
       if (T == 1) {
         report(row, at + ": share of the read bandwidth", median(read_shares), 0.90, 0.98);
         report(row, at + ": times our dense", paired_ratio(times[2], times[0]), 3.6, 3.9);
@@ -265,7 +274,7 @@ class Suite {
     shape.active = 48;
     shape.shared = 24;
     for (const std::int64_t T : {1, 512, 1024}) {
-      shape.layers = T == 1 ? 60 : 1;
+      shape.layers = T == 1 ? 60 : kRowOfLayers;
       const FfnSetup fine(shape, parallel()), dense(dense_of(shape), parallel());
       Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
       const Routing routing = random_routing(shape, T, 5);
@@ -278,12 +287,13 @@ class Suite {
       Workspace workspace;
       Routing ignored;
       const Task sparse = [&](std::int64_t round) {
-        const std::int64_t n = layers_in_a_row(T);
+        const std::int64_t n = layers_in_a_row(shape, T);
         for (std::int64_t i = 0; i < n; ++i) {
           linear(router, {x.data(), T, D}, {}, {logits.data(), T, routed}, false, workspace,
                  parallel());
-          route({logits.data(), T, routed}, shape.active - shape.shared, GateMode::kSoftmax,
-                ignored);
+          route({logits.data(), T, routed},
+                {.experts_per_token = shape.active - shape.shared, .mode = GateMode::kSoftmax},
+                ignored, parallel());
           run_fine.run_layer(round * n + i);
         }
       };

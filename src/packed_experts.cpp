@@ -108,8 +108,9 @@ std::shared_ptr<std::byte[]> pack_panels(const PackTarget& t, const std::vector<
     for (std::int64_t p = begin; p < end; ++p) {
       while (t.panel_begin[e + 1] <= p) ++e;
       const std::int64_t first = (p - t.panel_begin[e]) * layout.neurons;
-      writer.write(sources[e], first, std::min(layout.neurons, t.widths[e] - first),
-                   data.get() + p * layout.bytes());
+      std::byte* panel = data.get() + p * layout.bytes();
+      writer.write(sources[e], first, std::min(layout.neurons, t.widths[e] - first), panel);
+      std::fill(panel + layout.used_bytes(), panel + layout.bytes(), std::byte{0});
     }
   });
   return data;

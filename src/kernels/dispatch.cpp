@@ -30,9 +30,12 @@ std::vector<Isa> all_isas() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  isas.push_back({"avx512vnni", &avx512::kernels(), &avx512::vnni_panel_kernels(),
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  isas.push_back({"avx512bf16", &avx512::kernels(), &avx512::bf16_panel_kernels(),
                   &avx512::row_kernels(), &avx512::gram_kernels(),
-                  avx512 && __builtin_cpu_supports("avx512vnni")});
+                  vnni && __builtin_cpu_supports("avx512bf16")});
+  isas.push_back({"avx512vnni", &avx512::kernels(), &avx512::vnni_panel_kernels(),
+                  &avx512::row_kernels(), &avx512::gram_kernels(), vnni});
   isas.push_back({"avx512", &avx512::kernels(), &avx512::panel_kernels(), &avx512::row_kernels(),
                   &avx512::gram_kernels(), avx512});
   isas.push_back({"avx2", &avx2::kernels(), &avx2::panel_kernels(), &avx2::row_kernels(),

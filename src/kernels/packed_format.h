@@ -50,8 +50,15 @@ struct ExpertPanelLayout {
   std::int64_t down_panel_bytes;
 
   std::int64_t gate_up_offset() const { return 2 * scale_bytes; }
+  static constexpr std::int64_t kAliasBytes = 16 << 10, kGapBytes = 2 << 10;
   std::int64_t down_offset() const { return gate_up_offset() + gate_up_bytes; }
-  std::int64_t bytes() const { return down_offset() + down_panels * down_panel_bytes; }
+  std::int64_t used_bytes() const { return down_offset() + down_panels * down_panel_bytes; }
+  /// From one panel to the next. The same outputs' share of down of all panels is read at once;
+  /// panels a multiple of a large power of two apart would put it into the same few sets of a
+  /// cache, so such panels are followed by a gap, of zeros.
+  std::int64_t bytes() const {
+    return used_bytes() % kAliasBytes == 0 ? used_bytes() + kGapBytes : used_bytes();
+  }
 };
 
 /// The lanes' scales where each step's scale is in its input already (down in int8).

@@ -5,6 +5,7 @@
 #include "kernels/dispatch.h"
 #include "kernels/packed_format.h"
 #include "kernels/panel_rows.h"
+#include "kernels/prefill_blocks.h"
 
 namespace cleave {
 namespace {
@@ -15,16 +16,37 @@ constexpr std::int64_t kMinPassRows = 48;
 // Below so many multiply-adds a part is not worth waking a thread (a few microseconds).
 constexpr std::int64_t kPartMacs = 64 * 1024;
 
+/// Where the products of a panel go.
+struct Output {
+  MatrixView<float> y;
+  std::span<const float> bias;
+  bool add;
+
+  /// results [rows, 32] of panel p.
+  void store(const float* results, std::int64_t p, std::int64_t row_begin,
+             std::int64_t rows) const {
+    const std::int64_t column = p * kPanelWidth;
+    const std::int64_t columns = std::min(kPanelWidth, y.cols - column);
+    for (std::int64_t r = 0; r < rows; ++r, results += kPanelWidth) {
+      float* to = y.row(row_begin + r) + column;
+      if (add)
+        for (std::int64_t c = 0; c < columns; ++c) to[c] += results[c];
+      else
+        std::copy_n(results, columns, to);
+      if (!bias.empty())
+        for (std::int64_t c = 0; c < columns; ++c) to[c] += bias[column + c];
+    }
+  }
+};
+
 /// Runs panels of one weight over rows of x. One object per part.
 class PanelLoop {
  public:
-  PanelLoop(const PackedLinear& weight, MatrixView<const float> x, std::span<const float> bias,
-            MatrixView<float> y, bool add, std::int64_t pass, float* scratch)
+  PanelLoop(const PackedLinear& weight, MatrixView<const float> x, const Output& output,
+            std::int64_t pass, float* scratch)
       : weight_(weight),
         x_(x),
-        bias_(bias),
-        y_(y),
-        add_(add),
+        output_(output),
         format_(panel_format(weight.type())),
         kernels_(panel_kernels()),
         results_(scratch),
@@ -51,7 +73,7 @@ class PanelLoop {
         multiply_direct(p, row_begin, rows);
       else
         multiply_tiles(p, rows);
-      store(p, row_begin, rows);
+      output_.store(results_, p, row_begin, rows);
     }
   }
 
@@ -101,26 +123,9 @@ class PanelLoop {
     }
   }
 
-  void store(std::int64_t p, std::int64_t row_begin, std::int64_t rows) const {
-    const std::int64_t column = p * kPanelWidth;
-    const std::int64_t columns = std::min(kPanelWidth, y_.cols - column);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const float* from = results_ + r * kPanelWidth;
-      float* to = y_.row(row_begin + r) + column;
-      if (add_)
-        for (std::int64_t c = 0; c < columns; ++c) to[c] += from[c];
-      else
-        std::copy_n(from, columns, to);
-      if (!bias_.empty())
-        for (std::int64_t c = 0; c < columns; ++c) to[c] += bias_[column + c];
-    }
-  }
-
   const PackedLinear& weight_;
   MatrixView<const float> x_;
-  std::span<const float> bias_;
-  MatrixView<float> y_;
-  bool add_;
+  Output output_;
   PanelFormat format_;
   const PanelKernels& kernels_;
   float* results_;      // [rows of a pass, 32]
@@ -128,6 +133,89 @@ class PanelLoop {
   InputBlock* blocks_;  // [8, ceil(K / 32)] x, for kInt4
   TiledRows tiles_;     // x
 };
+
+/// The same with more rows than are multiplied directly, by bfloat16 dot products.
+class DotLoop {
+ public:
+  DotLoop(const PackedLinear& weight, MatrixView<const float> x, const Output& output,
+          std::int64_t pass, float* scratch)
+      : weight_(weight),
+        x_(x),
+        output_(output),
+        blocks_(panel_format(weight.type()), nullptr),
+        pass_(pass),
+        results_(scratch),
+        rounded_(reinterpret_cast<DotBlocks::Value*>(scratch + 2 * pass * kPanelWidth)) {}
+
+  static std::int64_t scratch_size(std::int64_t pass, std::int64_t K) {
+    return 2 * pass * kPanelWidth + pass * stride(K) / 2;
+  }
+
+  void run(std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
+           std::int64_t rows) const {
+    const std::int64_t K = x_.cols, row = stride(K);
+    for (std::int64_t r = 0; r < rows; ++r)
+      DotBlocks::set_row(x_.row(row_begin + r), K, rounded_ + r * row);
+    for (std::int64_t p = panel_begin; p < panel_end; p += 2) {
+      const std::int64_t panels = std::min<std::int64_t>(2, panel_end - p);
+      for (std::int64_t s = 0; s < K; s += DotBlocks::kBlockSteps) {
+        const std::int64_t steps = std::min(DotBlocks::kBlockSteps, K - s);
+        const bool same = s + steps < K;
+        const std::int64_t next = same ? p : std::min(p + 2, panel_end - panels);
+        blocks_.multiply(
+            {{at(p, s), at(p + panels - 1, s)}, {}, panels, steps, 1, 0, 0},
+            {at(next, same ? s + steps : 0), 0, panels, weight_.panel_bytes()}, rows, s > 0,
+            pass_ * kPanelWidth, [&](std::int64_t r) { return rounded_ + r * row + s; },
+            [&](std::int64_t r) { return results_ + r * kPanelWidth; });
+      }
+      for (std::int64_t i = 0; i < panels; ++i)
+        output_.store(results_ + i * pass_ * kPanelWidth, p + i, row_begin, rows);
+    }
+  }
+
+ private:
+  /// Values from row to row, an odd number of lines.
+  static std::int64_t stride(std::int64_t K) { return ((K + 1 + 31) / 32 | 1) * 32; }
+  const std::byte* at(std::int64_t p, std::int64_t step) const {
+    return weight_.data() + p * weight_.panel_bytes() + panel_bytes(PanelFormat::kBF16, step);
+  }
+
+  const PackedLinear& weight_;
+  MatrixView<const float> x_;
+  Output output_;
+  DotBlocks blocks_;
+  std::int64_t pass_;
+  float* results_;             // [2, rows of a pass, 32]
+  DotBlocks::Value* rounded_;  // [rows of a pass, stride] x
+};
+
+/// Runs Loop over equal shares of the panels; of the rows where there are too few panels to share.
+template <typename Loop>
+void run_shares(const PackedLinear& weight, MatrixView<const float> x, const Output& output,
+                Workspace& workspace, const ParallelFor& parallel) {
+  const std::int64_t T = x.rows, K = weight.cols();
+  const std::int64_t panels = (weight.rows() + kPanelWidth - 1) / kPanelWidth;
+  const std::int64_t parts = std::max(1, parallel.threads);
+  const std::int64_t in_cache = kRowBytes / (4 * std::max<std::int64_t>(1, K));
+  const std::int64_t pass = std::min(T, std::max(kMinPassRows, in_cache / kTileRows * kTileRows));
+  const bool cut_rows = panels < 4 * parts && T >= kTileRows * parts;
+  const std::int64_t n = cut_rows ? TiledRows::num_tiles(T) : panels;
+  const std::int64_t macs = kPanelWidth * K * (cut_rows ? kTileRows * panels : T);
+  const std::int64_t wanted = std::clamp<std::int64_t>(n * macs / kPartMacs, 1, std::min(parts, n));
+  const std::int64_t room = (Loop::scratch_size(pass, K) + 15) / 16 * 16;
+  auto* memory = reinterpret_cast<float*>(
+      workspace.get(static_cast<std::size_t>(room * wanted) * sizeof(float)));
+  parallel(wanted, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
+    for (std::int64_t part = part_begin; part < part_end; ++part) {
+      const Loop loop(weight, x, output, pass, memory + room * part);
+      const std::int64_t begin = n * part / wanted, end = n * (part + 1) / wanted;
+      const std::int64_t first = cut_rows ? begin * kTileRows : 0;
+      const std::int64_t last = cut_rows ? std::min(T, end * kTileRows) : T;
+      for (std::int64_t row = first; row < last; row += pass)
+        loop.run(cut_rows ? 0 : begin, cut_rows ? panels : end, row, std::min(pass, last - row));
+    }
+  });
+}
 
 }  // namespace
 
@@ -140,30 +228,13 @@ void linear(const PackedLinear& weight, MatrixView<const float> x, std::span<con
         "{}] and y [T, {}]",
         x.rows, x.cols, y.rows, y.cols, bias.size(), weight.rows(), weight.cols(), weight.cols(),
         weight.rows());
-  const std::int64_t T = x.rows, K = weight.cols();
-  if (T == 0 || weight.rows() == 0) return;
-  const std::int64_t panels = (weight.rows() + kPanelWidth - 1) / kPanelWidth;
-  const std::int64_t parts = std::max(1, parallel.threads);
-  const std::int64_t in_cache = kRowBytes / (4 * std::max<std::int64_t>(1, K));
-  const std::int64_t pass = std::min(T, std::max(kMinPassRows, in_cache / kTileRows * kTileRows));
-  // Equal shares of the panels; of the rows where there are too few panels to share.
-  const bool cut_rows = panels < 4 * parts && T >= kTileRows * parts;
-  const std::int64_t n = cut_rows ? TiledRows::num_tiles(T) : panels;
-  const std::int64_t macs = kPanelWidth * K * (cut_rows ? kTileRows * panels : T);
-  const std::int64_t wanted = std::clamp<std::int64_t>(n * macs / kPartMacs, 1, std::min(parts, n));
-  const std::int64_t room = (PanelLoop::scratch_size(pass, K) + 15) / 16 * 16;
-  auto* memory = reinterpret_cast<float*>(
-      workspace.get(static_cast<std::size_t>(room * wanted) * sizeof(float)));
-  parallel(wanted, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
-    for (std::int64_t part = part_begin; part < part_end; ++part) {
-      const PanelLoop loop(weight, x, bias, y, add, pass, memory + room * part);
-      const std::int64_t begin = n * part / wanted, end = n * (part + 1) / wanted;
-      const std::int64_t first = cut_rows ? begin * kTileRows : 0;
-      const std::int64_t last = cut_rows ? std::min(T, end * kTileRows) : T;
-      for (std::int64_t row = first; row < last; row += pass)
-        loop.run(cut_rows ? 0 : begin, cut_rows ? panels : end, row, std::min(pass, last - row));
-    }
-  });
+  if (x.rows == 0 || weight.rows() == 0) return;
+  const Output output{y, bias, add};
+  const bool many = x.rows > direct_panel_rows(panel_kernels(), panel_format(weight.type()));
+  if (many && weight.type() == WeightType::kBF16 && panel_kernels().dots != nullptr)
+    run_shares<DotLoop>(weight, x, output, workspace, parallel);
+  else
+    run_shares<PanelLoop>(weight, x, output, workspace, parallel);
 }
 
 }  // namespace cleave

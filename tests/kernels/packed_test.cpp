@@ -3,12 +3,14 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
 
 #include "cleave/error.h"
 #include "kernels/dispatch.h"
 #include "kernels/packed_format.h"
 #include "kernels/panel_rows.h"
+#include "quants.h"
 #include "random_ffn.h"
 #include "support/thread_pool.h"
 
@@ -19,6 +21,19 @@ using namespace testing;
 
 constexpr WeightType kTypes[] = {WeightType::kF32, WeightType::kBF16, WeightType::kF16,
                                  WeightType::kInt8, WeightType::kInt4};
+
+/// Numbers that bfloat16 holds: what AVX512-BF16 kernels make of x where rows are many.
+OwnedMatrix random_bf16_matrix(std::mt19937& rng, std::int64_t rows, std::int64_t cols) {
+  OwnedMatrix m = random_matrix(rng, rows, cols);
+  for (float& v : m.values) v = bf16_to_float(float_to_bf16(v));
+  return m;
+}
+
+/// What such kernels lose by rounding hidden values to 8 bits, as a multiple of the sum of |terms|.
+double hidden_bound(WeightType type) {
+  return type == WeightType::kBF16 && panel_kernels().dots != nullptr ? 0x1p-8 : 0.0;
+}
+
 TEST(PackedLinear, MatchesReferenceOnRandomShapes) {
   ThreadPool pool(3);
   Workspace workspace;
@@ -28,7 +43,9 @@ TEST(PackedLinear, MatchesReferenceOnRandomShapes) {
     const std::int64_t N = pick(rng, 1, 130);
     const WeightType type = kTypes[seed % 5];
     SCOPED_TRACE(fmt::format("seed={} T={} K={} N={} {}", seed, T, K, N, weight_type_name(type)));
-    const OwnedMatrix w = random_matrix(rng, N, K), x = random_matrix(rng, T, K);
+    const OwnedMatrix w = random_matrix(rng, N, K);
+    const OwnedMatrix x =
+        type == WeightType::kBF16 ? random_bf16_matrix(rng, T, K) : random_matrix(rng, T, K);
     const OwnedMatrix bias = random_matrix(rng, 1, N);
     const std::span<const float> b =
         seed % 3 == 0 ? std::span<const float>(bias.values) : std::span<const float>();
@@ -112,13 +129,14 @@ TEST(PackedMoeFfn, MatchesReferenceOnRandomShapes) {
     const PackedExperts packed(bank, type, pool.parallel_for());
     Routing routing = random_routing(rng, T, E, K);
     if (seed % 7 == 0) drop_slots(rng, routing);
-    const OwnedMatrix x = random_matrix(rng, T, D);
+    const OwnedMatrix x =
+        type == WeightType::kBF16 ? random_bf16_matrix(rng, T, D) : random_matrix(rng, T, D);
     OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
     moe_ffn_reference(packed.unpack(), routing, 1.5f, x.view(), expected.view(), magnitude.view());
     const ParallelFor parallel = seed % 4 == 0 ? ParallelFor() : pool.parallel_for();
     OwnedMatrix again = actual;
     moe_ffn(packed, routing, 1.5f, x.view(), actual.view(), workspace, parallel);
-    expect_near(actual, expected, magnitude, ffn_bound(D, H));
+    expect_near(actual, expected, magnitude, ffn_bound(D, H) + hidden_bound(type));
     moe_ffn(packed, routing, 1.5f, x.view(), again.view(), workspace, parallel);
     ASSERT_EQ(actual.values, again.values) << "not deterministic";
   }
@@ -170,7 +188,7 @@ TEST(PackedMoeFfn, SkewedRoutingAndEmptyExperts) {
 }
 
 TEST(PanelKernels, EveryInstructionSetMultipliesTiles) {
-  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "neon"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
     for (const std::int64_t rows : {4, 8, 12})
@@ -200,7 +218,7 @@ TEST(PanelKernels, EveryInstructionSetMultipliesTiles) {
 }
 
 TEST(PanelKernels, EveryInstructionSetMultipliesBlocks) {
-  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "neon"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
     for (const std::int64_t panels : {1, 2})
@@ -287,9 +305,143 @@ TEST(PanelKernels, UnpackAndMultiplyEqualsBoth) {
   }
 }
 
+/// One or two bfloat16 panels in pieces, some bytes apart, and what they hold.
+struct PanelPieces {
+  PanelPieces(std::mt19937& rng, std::int64_t panels, std::int64_t pieces, std::int64_t steps,
+              std::int64_t gap)
+      : bytes(panel_bytes(PanelFormat::kBF16, steps)), stride(panels * bytes + gap) {
+    packed.resize(static_cast<std::size_t>(pieces * stride + 64));
+    for (std::int64_t i = 0; i < pieces; ++i)
+      for (std::int64_t p = 0; p < panels; ++p) {
+        const OwnedMatrix w = random_bf16_matrix(rng, steps, kPanelWidth);
+        encode_panel(PanelFormat::kBF16, w.values, nullptr, at(p) + i * stride);
+        weights[p].insert(weights[p].end(), w.values.begin(), w.values.end());
+      }
+  }
+  std::byte* at(std::int64_t panel) {
+    const auto base = reinterpret_cast<std::uintptr_t>(packed.data());
+    return packed.data() + (64 - base % 64) % 64 + panel * bytes;
+  }
+  std::int64_t bytes, stride;
+  std::vector<std::byte> packed;
+  std::vector<float> weights[2];  // [pieces * steps, 32]
+};
+
+std::vector<std::uint16_t> as_bf16(std::span<const float> values) {
+  std::vector<std::uint16_t> halves;
+  for (const float v : values) halves.push_back(float_to_bf16(v));
+  return halves;
+}
+
+TEST(DotKernels, MultiplyPanelsInPieces) {
+  const PanelKernels* kernels = find_panel_kernels("avx512bf16");
+  if (kernels == nullptr) GTEST_SKIP() << "this CPU has no AVX512-BF16";
+  for (const std::int64_t panels : {1, 2})
+    for (std::int64_t rows = 1; rows <= (panels == 2 ? kPairRows : kBlockRows); ++rows)
+      for (const auto& [pieces, steps] :
+           {std::pair<std::int64_t, std::int64_t>{1, 1}, {1, 7}, {1, 130}, {3, 16}, {5, 32}})
+        for (const bool add : {false, true}) {
+          std::mt19937 rng(static_cast<unsigned>(panels * 1000 + rows * 100 + pieces + steps));
+          PanelPieces w(rng, panels, pieces, steps, 192);
+          const std::int64_t all = pieces * steps, padded = (all + 1) / 2 * 2;
+          OwnedMatrix x = random_bf16_matrix(rng, rows, padded);
+          for (std::int64_t r = 0; r < rows && padded > all; ++r) x.view()(r, all) = 0.0f;
+          const std::vector<std::uint16_t> halves = as_bf16(x.values);
+          const OwnedMatrix start = random_matrix(rng, rows + 1, panels * kPanelWidth);
+          OwnedMatrix y = start;
+          const std::uint16_t* in[kBlockRows];
+          float* out[kBlockRows];
+          for (std::int64_t r = 0; r < rows; ++r) {
+            in[r] = halves.data() + r * padded;
+            out[r] = y.view().row(r);
+          }
+          const auto* blocks =
+              panels == 2 ? kernels->dots->multiply_pair : kernels->dots->multiply_block;
+          blocks[rows - 1]({{w.at(0), w.at(panels - 1)},
+                            steps,
+                            pieces,
+                            w.stride,
+                            in,
+                            out,
+                            kPanelWidth,
+                            add,
+                            reinterpret_cast<const char*>(w.at(0)),
+                            0,
+                            0,
+                            64});
+          for (std::int64_t r = 0; r <= rows; ++r)
+            for (std::int64_t i = 0; i < panels * kPanelWidth; ++i) {
+              double sum = add || r == rows ? start.view()(r, i) : 0.0, size = std::abs(sum);
+              for (std::int64_t s = 0; r < rows && s < all; ++s) {
+                const double term = static_cast<double>(x.view()(r, s)) *
+                                    w.weights[i / kPanelWidth][s * kPanelWidth + i % kPanelWidth];
+                sum += term;
+                size += std::abs(term);
+              }
+              ASSERT_NEAR(y.view()(r, i), sum, sum_bound(all + 2) * size)
+                  << "panels " << panels << " rows " << rows << " pieces " << pieces << " steps "
+                  << steps << " row " << r << " lane " << i;
+            }
+        }
+}
+
+TEST(DotKernels, MultiplyShortPanelsSideBySide) {
+  const PanelKernels* kernels = find_panel_kernels("avx512bf16");
+  if (kernels == nullptr) GTEST_SKIP() << "this CPU has no AVX512-BF16";
+  for (std::int64_t rows = 1; rows <= kShortRows; ++rows)
+    for (const std::int64_t steps : {16, 32}) {
+      std::mt19937 rng(static_cast<unsigned>(rows * 100 + steps));
+      PanelPieces w(rng, 2, 1, steps, 0);
+      const OwnedMatrix x = random_bf16_matrix(rng, rows, kShortStride);
+      const std::vector<std::uint16_t> halves = as_bf16(x.values);
+      const OwnedMatrix start = random_matrix(rng, rows + 1, 2 * kPanelWidth);
+      OwnedMatrix y = start;
+      float* out[kShortRows];
+      for (std::int64_t r = 0; r < rows; ++r) out[r] = y.view().row(r);
+      kernels->dots->multiply_short[rows - 1]({w.at(0), steps, 2, halves.data(), out});
+      for (std::int64_t r = 0; r <= rows; ++r)
+        for (std::int64_t i = 0; i < 2 * kPanelWidth; ++i) {
+          double sum = start.view()(r, i), size = std::abs(sum);
+          for (std::int64_t s = 0; r < rows && s < steps; ++s) {
+            const double term = static_cast<double>(x.view()(r, s)) *
+                                w.weights[i / kPanelWidth][s * kPanelWidth + i % kPanelWidth];
+            sum += term;
+            size += std::abs(term);
+          }
+          ASSERT_NEAR(y.view()(r, i), sum, sum_bound(steps + 2) * size)
+              << "rows " << rows << " steps " << steps << " row " << r << " lane " << i;
+        }
+    }
+}
+
+TEST(DotKernels, RoundAsThePackedWeightsAre) {
+  const PanelKernels* kernels = find_panel_kernels("avx512bf16");
+  if (kernels == nullptr) GTEST_SKIP() << "this CPU has no AVX512-BF16";
+  std::mt19937 rng(5);
+  for (const std::int64_t n : {1, 15, 16, 17, 70}) {
+    OwnedMatrix x = random_matrix(rng, 1, n);
+    x.values[0] = std::bit_cast<float>(0x3f808000u);  // a tie: to the even 1
+    std::vector<std::uint16_t> rounded(static_cast<std::size_t>(n));
+    kernels->dots->round(x.values.data(), n, rounded.data());
+    EXPECT_EQ(rounded, as_bf16(x.values)) << n;
+  }
+  for (const bool gated : {true, false}) {
+    constexpr std::int64_t kRows = 3, kStride = 40;
+    const OwnedMatrix in = random_matrix(rng, kRows, kPanelWidth);
+    const std::vector<float> weight = draw_values(rng, kRows);
+    std::vector<float> h(kRows * kStride, 7.0f);
+    std::vector<std::uint16_t> rounded(h.size(), float_to_bf16(7.0f));
+    kernels->activate(Activation::kSilu, gated, kRows, in.values.data(), weight.data(), nullptr,
+                      h.data(), kStride);
+    kernels->dots->activate(Activation::kSilu, gated, kRows, in.values.data(), weight.data(),
+                            rounded.data(), kStride);
+    EXPECT_EQ(rounded, as_bf16(h)) << gated;
+  }
+}
+
 // Every instruction set that this machine has, against plain loops; all formats, all row counts.
 TEST(PanelKernels, EveryInstructionSetMultipliesAlike) {
-  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "neon"}) {
+  for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "neon"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
     for (int f = 0; f < kNumPanelFormats; ++f)

@@ -42,8 +42,11 @@ CLEAVE_INLINE Floats act(Activation activation, const Floats& x) {
   return x;
 }
 
-void activate(Activation activation, bool gated, std::int64_t rows, const float* in,
-              const float* weight, const float* step_scale, float* h, std::int64_t stride) {
+/// `put` stores 16 values of h.
+template <typename Value, typename Put>
+CLEAVE_INLINE void activate_rows(Activation activation, bool gated, std::int64_t rows,
+                                 const float* in, const float* weight, const float* step_scale,
+                                 Value* h, std::int64_t stride, const Put& put) {
   for (std::int64_t r = 0; r < rows; ++r, in += kPanelWidth, h += stride) {
     const Floats first = load<Floats>(in), second = load<Floats>(in + 16);
     const Floats scale = splat(weight[r]);
@@ -54,9 +57,16 @@ void activate(Activation activation, bool gated, std::int64_t rows, const float*
       out[1] = act(activation, second) * scale;
     for (int half = 0; half < (gated ? 1 : 2); ++half) {
       if (step_scale != nullptr) out[half] *= load<Floats>(step_scale + half * 16);
-      store(out[half], h + half * 16);
+      put(out[half], h + half * 16);
     }
   }
+}
+
+void activate(Activation activation, bool gated, std::int64_t rows, const float* in,
+              const float* weight, const float* step_scale, float* h, std::int64_t stride) {
+  activate_rows(
+      activation, gated, rows, in, weight, step_scale, h, stride,
+      [](const Floats& v, float* to) __attribute__((always_inline)) { store(v, to); });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "kernels/isa/panel_isa.h"
 
 #include "kernels/isa/panel_activation.h"
+#include "kernels/isa/panel_dots.h"
 #include "kernels/isa/panel_formats.h"
 #include "kernels/isa/panel_int4_row.h"
 #include "kernels/isa/panel_multiply.h"
@@ -14,7 +15,7 @@
 namespace cleave::CLEAVE_ISA {
 namespace {
 
-template <bool kVnni>
+template <bool kVnni, const DotKernels* kDotKernels = nullptr>
 constexpr PanelKernels kPanels = {
     {
         {multiply<F32, 1>, multiply<F32, 2>, multiply<F32, 4>, multiply<F32, 8>},
@@ -32,6 +33,7 @@ constexpr PanelKernels kPanels = {
     {nullptr, CLEAVE_UNPACK_AND_MULTIPLY(BF16), CLEAVE_UNPACK_AND_MULTIPLY(F16), nullptr, nullptr},
     {unpack<F32>, unpack<BF16>, unpack<F16>, unpack<Int8>, unpack<Int4>},
     activate,
+    kDotKernels,
 };
 
 }  // namespace
@@ -39,6 +41,7 @@ constexpr PanelKernels kPanels = {
 const PanelKernels& panel_kernels() { return kPanels<false>; }
 #if defined(__AVX512BW__)
 const PanelKernels& vnni_panel_kernels() { return kPanels<true>; }
+const PanelKernels& bf16_panel_kernels() { return kPanels<true, &kDots>; }
 #endif
 
 }  // namespace cleave::CLEAVE_ISA

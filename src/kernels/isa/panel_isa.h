@@ -99,6 +99,50 @@ struct UnpackProduct {
   const char* prefetch;
 };
 
+/// y[r][i * panel_offset + lane] (+)= sum over s of x[r][s] * panel[i][s][lane] for one bfloat16
+/// panel or two, as they are packed, and rows of bfloat16.
+struct DotProduct {
+  const void* panel[2];  ///< the first piece of each, as in UnpackProduct
+  std::int64_t piece_steps;
+  std::int64_t pieces;
+  std::int64_t piece_stride;      ///< bytes
+  const std::uint16_t* const* x;  ///< a pointer per row, to all steps, made even by a zero
+  float* const* y;                ///< a pointer per row, to 32 floats per panel
+  std::int64_t panel_offset;      ///< in y, floats
+  bool add;
+  /// What to fetch from memory meanwhile, at an even pace: lines of each piece at `prefetch`, and
+  /// as many `prefetch_panel` bytes behind them.
+  const char* prefetch;
+  std::int64_t prefetch_panel, prefetch_stride;  ///< bytes; the latter from piece to piece
+  std::int64_t prefetch_rate;                    ///< 64ths of a line per two steps; 0 for nothing
+};
+
+/// y[r][32 i + lane] += sum over s < steps of x[r * kShortStride + s] * panel[i][s][lane], for
+/// bfloat16 panels of few steps that lie side by side: down of one expert panel.
+struct ShortDotProduct {
+  const void* panel;   ///< [panels, steps / 2, 32 lanes, 2]
+  std::int64_t steps;  ///< a multiple of kShortSteps, at most kShortStride
+  std::int64_t panels;
+  const std::uint16_t* x;  ///< [rows, kShortStride]
+  float* const* y;         ///< a pointer per row, to 32 * panels floats
+};
+inline constexpr int kShortRows = 12;
+inline constexpr std::int64_t kShortSteps = 16, kShortStride = 32;
+
+/// What a set with dot products of bfloat16 pairs has (AVX512-BF16). Sums are float32; a pair is
+/// added at once, and subnormal numbers count as zero.
+struct DotKernels {
+  /// Indexed by rows - 1.
+  void (*multiply_block[kBlockRows])(const DotProduct& product);
+  void (*multiply_pair[kPairRows])(const DotProduct& product);  ///< of two panels
+  void (*multiply_short[kShortRows])(const ShortDotProduct& product);
+  /// out [n] = x [n], rounded to the nearest, ties to even.
+  void (*round)(const float* x, std::int64_t n, std::uint16_t* out);
+  /// As in PanelKernels, rounded.
+  void (*activate)(Activation activation, bool gated, std::int64_t rows, const float* in,
+                   const float* weight, std::uint16_t* h, std::int64_t stride);
+};
+
 struct PanelKernels {
   /// Indexed by format and row count; nullptr where the format is to be unpacked first.
   void (*multiply[kNumPanelFormats][kNumPanelRows])(const PanelProduct& product);
@@ -119,6 +163,7 @@ struct PanelKernels {
   ///   in [rows, 32]   h: rows `stride` apart
   void (*activate)(Activation activation, bool gated, std::int64_t rows, const float* in,
                    const float* weight, const float* step_scale, float* h, std::int64_t stride);
+  const DotKernels* dots;  ///< or nullptr
 };
 
 namespace scalar {
@@ -130,6 +175,7 @@ const PanelKernels& panel_kernels();
 namespace avx512 {
 const PanelKernels& panel_kernels();
 const PanelKernels& vnni_panel_kernels();  ///< needs AVX512-VNNI as well
+const PanelKernels& bf16_panel_kernels();  ///< needs AVX512-VNNI and AVX512-BF16
 }  // namespace avx512
 namespace neon {
 const PanelKernels& panel_kernels();

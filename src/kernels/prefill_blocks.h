@@ -1,0 +1,219 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/dispatch.h"
+#include "kernels/packed_format.h"
+
+// Blocks of packed weights times many rows, for packed_ffn_prefill.cpp: as floats, or as bfloat16
+// pairs where the machine multiplies them.
+namespace cleave {
+
+/// One panel or two of the same steps, packed.
+struct WeightBlock {
+  const std::byte* panel[2];  ///< the first piece of each
+  const float* scales[2];     ///< of the first pieces
+  std::int64_t panels;
+  std::int64_t piece_steps, pieces;
+  std::int64_t piece_stride, scale_stride;  ///< bytes
+
+  std::int64_t steps() const { return pieces * piece_steps; }
+};
+
+/// Weights that come next, for products to fetch from memory while they run: `count` stretches of
+/// `bytes`, `stride` apart.
+struct NextBlock {
+  const std::byte* begin;
+  std::int64_t bytes, count, stride;
+};
+
+/// Weights are unpacked to floats, two panels at a time, into a second-level cache.
+class UnpackedBlocks {
+ public:
+  using Value = float;  ///< of x and hidden
+  static constexpr bool kMultipliesShort = false;
+  static constexpr std::int64_t kBlockSteps = 512;  ///< of a block at most: 128 kB of weights
+  static constexpr std::size_t kScratchBytes = 2 * kBlockSteps * kPanelWidth * sizeof(float);
+
+  UnpackedBlocks(PanelFormat format, std::byte* scratch)
+      : kernels_(panel_kernels()),
+        unpack_(kernels_.unpack[static_cast<int>(format)]),
+        unpack_and_multiply_(kernels_.unpack_and_multiply[static_cast<int>(format)]),
+        unpacked_(reinterpret_cast<float*>(scratch)) {}
+
+  /// What a panel costs, in rows: unpacking it is worth some four.
+  static std::int64_t panel_cost(std::int64_t rows) { return 4 + rows; }
+  static void set_row(const float* x, std::int64_t n, float* row) { std::copy_n(x, n, row); }
+
+  void activate(Activation activation, bool gated, std::int64_t rows, const float* in,
+                const float* weight, const float* step_scale, float* h, std::int64_t stride) const {
+    kernels_.activate(activation, gated, rows, in, weight, step_scale, h, stride);
+  }
+
+  /// m rows, whose operands and results are where x_of(row) and y_of(row) say.
+  template <typename XOf, typename YOf>
+  void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
+                std::int64_t panel_offset, const XOf& x_of, const YOf& y_of) const {
+    const bool pair = block.panels == 2;
+    const auto* kernels = pair ? kernels_.multiply_pair : kernels_.multiply_block;
+    const std::int64_t most = pair ? kPairRows : kBlockRows, steps = block.steps();
+    const bool fused = pair && m >= kPairRows && unpack_and_multiply_ != nullptr;
+    if (!fused) unpack(block);
+    const float* x[kBlockRows];
+    float* y[kBlockRows];
+    Fetcher fetcher(next);
+    for (std::int64_t first = 0; first < m; first += most) {
+      const std::int64_t rows = std::min(most, m - first);
+      for (std::int64_t i = 0; i < rows; ++i) {
+        x[i] = x_of(first + i);
+        y[i] = y_of(first + i);
+      }
+      const char* fetch = fetcher.next(steps);
+      if (first == 0 && fused)
+        unpack_and_multiply_({{block.panel[0], block.panel[1]},
+                              block.piece_steps,
+                              block.pieces,
+                              block.piece_stride,
+                              unpacked_,
+                              x,
+                              y,
+                              panel_offset,
+                              add,
+                              fetch});
+      else
+        kernels[rows - 1]({unpacked_, steps, x, y, panel_offset, add, fetch});
+    }
+  }
+
+ private:
+  /// Hands the stretches out to products.
+  class Fetcher {
+   public:
+    explicit Fetcher(const NextBlock& block) : block_(block) {}
+    const char* next(std::int64_t steps) {
+      if (block_.count == 0) return nullptr;
+      const auto* now = reinterpret_cast<const char*>(block_.begin) + done_;
+      done_ += steps * 32;  // which is what a product fetches
+      if (done_ >= block_.bytes) {
+        --block_.count;
+        block_.begin += block_.stride;
+        done_ = 0;
+      }
+      return now;
+    }
+
+   private:
+    NextBlock block_;
+    std::int64_t done_ = 0;
+  };
+
+  void unpack(const WeightBlock& block) const {
+    float* to = unpacked_;
+    for (std::int64_t i = 0; i < block.panels; ++i)
+      for (std::int64_t p = 0; p < block.pieces; ++p, to += block.piece_steps * kPanelWidth)
+        unpack_(block.panel[i] + p * block.piece_stride, block.piece_steps,
+                reinterpret_cast<const float*>(reinterpret_cast<const std::byte*>(block.scales[i]) +
+                                               p * block.scale_stride),
+                to);
+  }
+
+  const PanelKernels& kernels_;
+  void (*unpack_)(const void*, std::int64_t, const float*, float*);
+  void (*unpack_and_multiply_)(const UnpackProduct&);
+  float* unpacked_;  // [2, kBlockSteps, 32]
+};
+
+/// bfloat16 weights are multiplied as they are stored, with x and hidden rounded to bfloat16.
+class DotBlocks {
+ public:
+  using Value = std::uint16_t;
+  static constexpr std::int64_t kBlockSteps = 1024;  ///< 128 kB of two panels
+  static constexpr std::size_t kScratchBytes = 0;
+  static constexpr bool kMultipliesShort = true;
+
+  DotBlocks(PanelFormat, std::byte*) : kernels_(*panel_kernels().dots) {}
+
+  /// Reading a panel from memory takes as long as some 20 rows, which go on meanwhile.
+  static std::int64_t panel_cost(std::int64_t rows) { return std::max<std::int64_t>(20, rows); }
+  static void set_row(const float* x, std::int64_t n, std::uint16_t* row) {
+    panel_kernels().dots->round(x, n, row);
+    if (n % 2 != 0) row[n] = 0;
+  }
+
+  void activate(Activation activation, bool gated, std::int64_t rows, const float* in,
+                const float* weight, const float*, std::uint16_t* h, std::int64_t stride) const {
+    kernels_.activate(activation, gated, rows, in, weight, h, stride);
+  }
+
+  template <typename XOf, typename YOf>
+  void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
+                std::int64_t panel_offset, const XOf& x_of, const YOf& y_of) const {
+    const bool pair = block.panels == 2;
+    const auto* kernels = pair ? kernels_.multiply_pair : kernels_.multiply_block;
+    const std::int64_t most = pair ? kPairRows : kBlockRows, products = (m + most - 1) / most;
+    const std::int64_t pairs = (block.piece_steps + 1) / 2;
+    // Every product fetches an equal share of each piece that comes next: two lines of a panel per
+    // two steps, for all products.
+    const std::int64_t rate = (2 * 64 + products - 1) / products;
+    const std::int64_t second = !pair ? 0 : block.pieces > 1 ? next.bytes / 2 : next.stride;
+    const std::uint16_t* x[kBlockRows];
+    float* y[kBlockRows];
+    for (std::int64_t i = 0; i < products; ++i) {
+      // Equal shares, because a product of few rows waits for its own sums.
+      const std::int64_t first = m * i / products, rows = m * (i + 1) / products - first;
+      for (std::int64_t r = 0; r < rows; ++r) {
+        x[r] = x_of(first + r);
+        y[r] = y_of(first + r);
+      }
+      for (std::int64_t r = first + rows; r < m * (i + 2) / products && i + 1 < products; ++r)
+        fetch_row(x_of(r), y_of(r), block.panels, panel_offset);
+      const std::byte* fetch = next.begin + pairs * 2 * i / products * kLine;
+      kernels[rows - 1]({{block.panel[0], block.panel[1]},
+                         block.piece_steps,
+                         block.pieces,
+                         block.piece_stride,
+                         x,
+                         y,
+                         panel_offset,
+                         add,
+                         reinterpret_cast<const char*>(fetch),
+                         second,
+                         next.stride,
+                         rate});
+    }
+  }
+
+  /// `panels` panels of `steps` side by side; rows of h kShortStride apart. `next`: such panels to
+  /// come.
+  template <typename YOf>
+  void multiply_short(const std::byte* panel, const std::byte* next, std::int64_t steps,
+                      std::int64_t panels, const Value* h, std::int64_t m, const YOf& y_of) const {
+    const std::int64_t products = (m + kShortRows - 1) / kShortRows, lines = panels * steps;
+    for (std::int64_t i = 0; i < products; ++i) {
+      const std::int64_t first = m * i / products, end = m * (i + 1) / products;
+      float* y[kShortRows];
+      for (std::int64_t r = first; r < end; ++r) y[r - first] = y_of(r);
+      for (std::int64_t line = lines * i / products; line < lines * (i + 1) / products; ++line)
+        __builtin_prefetch(next + line * kLine, 0, 2);
+      kernels_.multiply_short[end - first - 1]({panel, steps, panels, h + first * kShortStride, y});
+    }
+  }
+
+ private:
+  static constexpr std::int64_t kLine = 64;
+
+  /// What the next product begins with; the rest of x is then fetched by the machine itself.
+  static void fetch_row(const Value* x, const float* y, std::int64_t panels,
+                        std::int64_t panel_offset) {
+    for (int line = 0; line < 4; ++line)
+      __builtin_prefetch(reinterpret_cast<const char*>(x) + line * kLine, 0, 3);
+    for (std::int64_t p = 0; p < panels; ++p, y += panel_offset)
+      for (int half = 0; half < 2; ++half) __builtin_prefetch(y + half * kPanelWidth / 2, 1, 3);
+  }
+
+  const DotKernels& kernels_;
+};
+
+}  // namespace cleave
