@@ -1,8 +1,8 @@
 // Experts with many tokens each: arithmetic is the limit. Two phases, each cut so that no two parts
 // write the same place, however skewed the routing:
-//   hidden  a part takes a share of the active experts' panels, with all their tokens; the hidden
-//           values of all (token, expert) pairs of the pass go into shared memory
-//   down    a part takes a share of y's columns, for all tokens and experts
+//   hidden  a task is a few of the active experts' panels, with all their tokens; the hidden values
+//           of all (token, expert) pairs of the pass go into shared memory
+//   down    a task is a few of y's panels of columns, for all tokens and experts
 // So a weight is unpacked once per pass, and y needs no sums beside it. Within a part, weights go
 // in blocks of two panels and 500 or 1000 steps (prefill_blocks.h), which stay in a second-level
 // cache while all rows go by (a first-level cache would hold 64 steps, but every product begins and
@@ -16,6 +16,7 @@
 #include "kernels/packed_format.h"
 #include "kernels/panel_rows.h"
 #include "kernels/prefill_blocks.h"
+#include "kernels/stealing_ranges.h"
 
 namespace cleave {
 namespace {
@@ -24,7 +25,8 @@ constexpr std::int64_t kPanelGroup = 4;     // panels that share rows in a secon
 constexpr std::int64_t kRowGroup = 512;     // those rows, at most
 constexpr std::int64_t kPassTokens = 1024;  // at most, which bounds the memory
 constexpr std::int64_t kRowsAhead = 12;     // of y, fetched before they are added to
-constexpr std::int64_t kAccStride = kPanelGroup * kPanelWidth;
+constexpr std::int64_t kDownGroup = 5;      // panels of y that are summed together, at most
+constexpr std::int64_t kAccStride = kDownGroup * kPanelWidth;
 
 /// Values to a cache line.
 template <typename Value>
@@ -46,17 +48,20 @@ struct Run {
   std::int64_t pair;    // where the first expert's pairs begin
   std::int64_t stride;  // of a row of hidden values
   std::int64_t hidden;  // where they begin
+  std::int64_t task;    // the first of its tasks: groups of panels
 };
 
 /// What all parts of a pass read, and write in turn. Value: of x and the hidden values.
 template <typename Value>
 struct Shared {
   PairGroups groups;
-  float* weight;           // [pairs]
-  Run* runs;               // [E]
-  std::int64_t* num_runs;  // [1]
-  Value* x;                // [tokens, skewed D]
-  Value* hidden;           // by run
+  float* weight;                                     // [pairs]
+  Run* runs;                                         // [E]
+  std::int64_t* num_runs;                            // [1]
+  Value* x;                                          // [tokens, skewed D]
+  Value* hidden;                                     // by run
+  StealingRanges::Range *hidden_tasks, *down_tasks;  // [parts]
+  std::int64_t down_groups;                          // tasks, as many for each part
 };
 
 /// What one part alone writes.
@@ -77,9 +82,15 @@ std::int64_t hidden_size(const PackedExperts& experts, std::int64_t tokens, std:
   return tokens * (k * skewed_stride<Value>(widest) + k / 2 * kLineValues<Value>);
 }
 
+/// Groups of y's panels, as many for each part: of 4, or else of up to 5.
+std::int64_t num_down_groups(std::int64_t panels, std::int64_t parts) {
+  if (panels % (parts * kPanelGroup) == 0) return panels / kPanelGroup;
+  return parts * ((panels + parts * kDownGroup - 1) / (parts * kDownGroup));
+}
+
 template <typename Value>
 Shared<Value> carve_shared(Carver& from, const PackedExperts& experts, std::int64_t tokens,
-                           std::int64_t k) {
+                           std::int64_t k, std::int64_t parts) {
   const std::int64_t E = experts.num_experts(), pairs = tokens * k;
   Shared<Value> s;
   s.groups = carve_groups(from, E, pairs);
@@ -88,6 +99,9 @@ Shared<Value> carve_shared(Carver& from, const PackedExperts& experts, std::int6
   s.num_runs = from.take<std::int64_t>(1);
   s.x = from.take<Value>(tokens * skewed_stride<Value>(experts.d_model() + 1));
   s.hidden = from.take<Value>(hidden_size<Value>(experts, tokens, k));
+  s.hidden_tasks = from.take<StealingRanges::Range>(parts);
+  s.down_tasks = from.take<StealingRanges::Range>(parts);
+  s.down_groups = num_down_groups(num_blocks(experts.d_model()), parts);
   return s;
 }
 
@@ -98,6 +112,28 @@ Scratch carve_scratch(Carver& from, std::int64_t tokens) {
   s.products = from.take<float>(kPanelGroup * kRowGroup * kPanelWidth);
   s.sums = from.take<float>(tokens * kAccStride);
   return s;
+}
+
+/// Cuts the tasks of both phases into shares of equal cost.
+template <typename Blocks>
+void share_tasks(std::int64_t parts, const Shared<typename Blocks::Value>& s) {
+  const StealingRanges hidden(s.hidden_tasks, parts), down(s.down_tasks, parts);
+  const std::int64_t runs = *s.num_runs;
+  std::int64_t total = 0;
+  for (std::int64_t i = 0; i < runs; ++i)
+    total += (s.runs[i].panel_end - s.runs[i].panel) * Blocks::panel_cost(s.runs[i].rows);
+  std::int64_t part = 0, begin = 0, task = 0, before = 0;
+  for (std::int64_t i = 0; i < runs; ++i) {
+    s.runs[i].task = task;
+    for (std::int64_t p = s.runs[i].panel; p < s.runs[i].panel_end; p += kPanelGroup, ++task) {
+      for (; part + 1 < parts && before >= total * (part + 1) / parts; ++part, begin = task)
+        hidden.set(part, begin, task);
+      before += std::min(kPanelGroup, s.runs[i].panel_end - p) * Blocks::panel_cost(s.runs[i].rows);
+    }
+  }
+  for (; part < parts; ++part, begin = task) hidden.set(part, begin, task);
+  for (std::int64_t i = 0; i < parts; ++i)
+    down.set(i, s.down_groups * i / parts, s.down_groups * (i + 1) / parts);
 }
 
 /// Sorts the pass's pairs and finds the runs.
@@ -114,7 +150,7 @@ void prepare(const FfnCall& call, std::int64_t first, std::int64_t count, Shared
     if (n > 0 && m == count && s.runs[n - 1].rows == count && s.runs[n - 1].expert_end == e) {
       s.runs[n - 1].expert_end = e + 1;
     } else {
-      s.runs[n++] = {e, e + 1, call.experts.panel_begin(e), 0, m, s.groups.begin[e], 0, 0};
+      s.runs[n++] = {e, e + 1, call.experts.panel_begin(e), 0, m, s.groups.begin[e], 0, 0, 0};
     }
     s.runs[n - 1].panel_end = call.experts.panel_begin(e + 1);
   }
@@ -145,33 +181,36 @@ class PrefillPart {
     block_steps_ = std::min(Blocks::kBlockSteps, ((D + blocks - 1) / blocks + 31) / 32 * 32);
   }
 
-  /// Hidden values of panels [begin, end) of a run.
-  void hidden(const Run& run, std::int64_t begin, std::int64_t end) {
+  /// Hidden values of a group of panels.
+  void hidden(std::int64_t task) const {
+    std::int64_t i = 0;
+    while (i + 1 < *shared_.num_runs && shared_.runs[i + 1].task <= task) ++i;
+    const Run& run = shared_.runs[i];
+    const std::int64_t p = run.panel + (task - run.task) * kPanelGroup;
     for (std::int64_t r = 0; r < run.rows; r += kRowGroup)
-      for (std::int64_t p = begin; p < end; p += kPanelGroup)
-        hidden_group(run, p, std::min(end, p + kPanelGroup), end, r,
-                     std::min(kRowGroup, run.rows - r));
+      hidden_group(run, p, std::min(run.panel_end, p + kPanelGroup), r,
+                   std::min(kRowGroup, run.rows - r));
   }
 
-  /// y's panels of columns [begin, end).
-  void down(std::int64_t begin, std::int64_t end) {
-    for (std::int64_t d = begin; d < end; d += kPanelGroup) {
-      const std::int64_t n = std::min(kPanelGroup, end - d);
-      std::fill_n(s_.sums, y_.rows * kAccStride, 0.0f);
-      const std::int64_t runs = *shared_.num_runs;
-      for (std::int64_t i = 0; i < runs; ++i) {
-        const bool last = i + 1 == runs;
-        down_run(shared_.runs[i], d, n, shared_.runs[last ? 0 : i + 1],
-                 last ? std::min(d + kPanelGroup, end - 1) : d);
-      }
-      const std::int64_t column = d * kPanelWidth;
-      const std::int64_t columns = std::min(n * kPanelWidth, y_.cols - column);
-      for (std::int64_t t = 0; t < y_.rows; ++t) {
-        if (t + kRowsAhead < y_.rows)
-          for (std::int64_t c = 0; c < columns; c += kLineValues<float>)
-            __builtin_prefetch(y_.row(t + kRowsAhead) + column + c, 1, 3);
-        isa_kernels().add(s_.sums + t * kAccStride, y_.row(t) + column, columns);
-      }
+  /// A group of y's panels.
+  void down(std::int64_t task) const {
+    const std::int64_t panels = num_blocks(y_.cols), groups = shared_.down_groups;
+    const std::int64_t d = panels * task / groups, n = panels * (task + 1) / groups - d;
+    if (n == 0) return;
+    std::fill_n(s_.sums, y_.rows * kAccStride, 0.0f);
+    const std::int64_t runs = *shared_.num_runs;
+    for (std::int64_t i = 0; i < runs; ++i) {
+      const bool last = i + 1 == runs;
+      down_run(shared_.runs[i], d, n, shared_.runs[last ? 0 : i + 1],
+               last ? std::min(d + n, panels - 1) : d);
+    }
+    const std::int64_t column = d * kPanelWidth;
+    const std::int64_t columns = std::min(n * kPanelWidth, y_.cols - column);
+    for (std::int64_t t = 0; t < y_.rows; ++t) {
+      if (t + kRowsAhead < y_.rows)
+        for (std::int64_t c = 0; c < columns; c += kLineValues<float>)
+          __builtin_prefetch(y_.row(t + kRowsAhead) + column + c, 1, 3);
+      isa_kernels().add(s_.sums + t * kAccStride, y_.row(t) + column, columns);
     }
   }
 
@@ -191,10 +230,9 @@ class PrefillPart {
     return s_.products + (panel * kRowGroup + row) * kPanelWidth;
   }
 
-  /// Panels [begin, end) for rows [first, first + m) of the run. `last`: end of the run's panels of
-  /// this part.
-  void hidden_group(const Run& run, std::int64_t begin, std::int64_t end, std::int64_t last,
-                    std::int64_t first, std::int64_t m) {
+  /// Panels [begin, end) for rows [first, first + m) of the run.
+  void hidden_group(const Run& run, std::int64_t begin, std::int64_t end, std::int64_t first,
+                    std::int64_t m) const {
     const std::int32_t* token = shared_.groups.token + run.pair + first;
     const std::int64_t D = y_.cols, blocks = (D + block_steps_ - 1) / block_steps_;
     for (std::int64_t b = 0; b < blocks; ++b) {
@@ -212,7 +250,7 @@ class PrefillPart {
         const bool same_group = same_block || b + 1 < blocks;
         const std::int64_t next = same_block   ? p + panels
                                   : same_group ? begin
-                                               : std::min(end, last - 1);
+                                               : std::min(end, run.panel_end - 1);
         const std::int64_t next_block = same_block ? b : same_group ? b + 1 : 0;
         blocks_.multiply(
             block,
@@ -266,7 +304,7 @@ class PrefillPart {
   /// s_.sums += the run's hidden values times panels [d, d + n) of down. After it comes `next_run`,
   /// at panel next_d.
   void down_run(const Run& run, std::int64_t d, std::int64_t n, const Run& next_run,
-                std::int64_t next_d) {
+                std::int64_t next_d) const {
     const std::int64_t chunk = chunk_of(run);
     const std::int32_t* token = shared_.groups.token + run.pair;
     if constexpr (Blocks::kMultipliesShort)
@@ -310,7 +348,7 @@ std::size_t bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_
                   std::int64_t parts) {
   const std::int64_t pass = std::min(tokens, kPassTokens);
   Carver shared(nullptr), part(nullptr);
-  carve_shared<typename Blocks::Value>(shared, experts, pass, k);
+  carve_shared<typename Blocks::Value>(shared, experts, pass, k, parts);
   carve_scratch<Blocks>(part, pass);
   return shared.used() + part.used() * static_cast<std::size_t>(parts);
 }
@@ -322,7 +360,7 @@ void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel)
   const std::int64_t passes = (T + kPassTokens - 1) / kPassTokens, pass = (T + passes - 1) / passes;
   std::byte* memory = workspace.get(bytes<Blocks>(call.experts, pass, call.k, parts));
   Carver room(memory);
-  Shared<Value> shared = carve_shared<Value>(room, call.experts, pass, call.k);
+  Shared<Value> shared = carve_shared<Value>(room, call.experts, pass, call.k, parts);
   const std::size_t shared_bytes = room.used();
   carve_scratch<Blocks>(room, pass);
   const std::size_t part_bytes = room.used() - shared_bytes;
@@ -330,13 +368,16 @@ void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel)
     Carver own(memory + shared_bytes + part_bytes * static_cast<std::size_t>(part));
     return carve_scratch<Blocks>(own, pass);
   };
-  const std::int64_t stride = skewed_stride<Value>(D + 1), panels = num_blocks(D);
+  const std::int64_t stride = skewed_stride<Value>(D + 1);
   for (std::int64_t first = 0; first < T; first += pass) {
     const std::int64_t count = std::min(pass, T - first);
     // One part sorts the pairs while the others take over the rows.
     parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
       for (std::int64_t part = part_begin; part < part_end; ++part) {
-        if (part == 0) prepare(call, first, count, shared);
+        if (part == 0) {
+          prepare(call, first, count, shared);
+          share_tasks<Blocks>(parts, shared);
+        }
         if (part == 0 && parts > 1) continue;
         const std::int64_t share = part - (parts > 1 ? 1 : 0),
                            shares = std::max<std::int64_t>(1, parts - 1);
@@ -347,31 +388,19 @@ void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel)
     const auto run_parts = [&](const auto& body) {
       parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
         for (std::int64_t part = part_begin; part < part_end; ++part) {
-          PrefillPart<Blocks> runner(call, shared, scratch_of(part), stride,
-                                     call.y.slice_rows(first, count));
+          const PrefillPart<Blocks> runner(call, shared, scratch_of(part), stride,
+                                           call.y.slice_rows(first, count));
           body(runner, part);
         }
       });
     };
-    run_parts([&](PrefillPart<Blocks>& runner, std::int64_t part) {
-      const auto cost = [&](std::int64_t e) {
-        const std::int64_t rows = shared.groups.rows(e);
-        return rows == 0 ? 0 : Blocks::panel_cost(rows);
-      };
-      std::int64_t run = 0, from = 0, to = 0;
-      for_share_of_panels(call.experts, part, parts, cost,
-                          [&](std::int64_t e, std::int64_t begin, std::int64_t end) {
-                            if (e >= shared.runs[run].expert_end || from == to) {
-                              if (from < to) runner.hidden(shared.runs[run], from, to);
-                              while (shared.runs[run].expert_end <= e) ++run;
-                              from = begin;
-                            }
-                            to = end;
-                          });
-      if (from < to) runner.hidden(shared.runs[run], from, to);
+    run_parts([&](const PrefillPart<Blocks>& runner, std::int64_t part) {
+      const StealingRanges tasks(shared.hidden_tasks, parts);
+      for (std::int64_t i = tasks.take(part); i >= 0; i = tasks.take(part)) runner.hidden(i);
     });
-    run_parts([&](PrefillPart<Blocks>& runner, std::int64_t part) {
-      runner.down(panels * part / parts, panels * (part + 1) / parts);
+    run_parts([&](const PrefillPart<Blocks>& runner, std::int64_t part) {
+      const StealingRanges tasks(shared.down_tasks, parts);
+      for (std::int64_t i = tasks.take(part); i >= 0; i = tasks.take(part)) runner.down(i);
     });
   }
 }
