@@ -21,12 +21,18 @@
 namespace cleave {
 namespace {
 
-constexpr std::int64_t kPanelGroup = 4;     // panels that share rows in a second-level cache
-constexpr std::int64_t kRowGroup = 512;     // those rows, at most
-constexpr std::int64_t kPassTokens = 1024;  // at most, which bounds the memory
-constexpr std::int64_t kRowsAhead = 12;     // of y, fetched before they are added to
-constexpr std::int64_t kDownGroup = 5;      // panels of y that are summed together, at most
+constexpr std::int64_t kPanelGroup = 4;  // panels that share rows in a second-level cache
+constexpr std::int64_t kRowGroup = 512;  // those rows, at most
+constexpr std::int64_t kRowsAhead = 12;  // of y, fetched before they are added to
+constexpr std::int64_t kDownGroup = 5;   // panels of y that are summed together, at most
 constexpr std::int64_t kAccStride = kDownGroup * kPanelWidth;
+
+/// Tokens of one pass, which bounds the memory. Of experts a panel or two wide the sums of y are
+/// read and written most, and should stay in a second-level cache.
+std::int64_t pass_tokens(const PackedExperts& experts) {
+  const std::int64_t E = experts.num_experts();
+  return experts.panel_begin(E) <= 2 * E ? 512 : 1024;
+}
 
 /// Values to a cache line.
 template <typename Value>
@@ -346,7 +352,7 @@ class PrefillPart {
 template <typename Blocks>
 std::size_t bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
                   std::int64_t parts) {
-  const std::int64_t pass = std::min(tokens, kPassTokens);
+  const std::int64_t pass = std::min(tokens, pass_tokens(experts));
   Carver shared(nullptr), part(nullptr);
   carve_shared<typename Blocks::Value>(shared, experts, pass, k, parts);
   carve_scratch<Blocks>(part, pass);
@@ -357,7 +363,8 @@ template <typename Blocks>
 void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
   using Value = typename Blocks::Value;
   const std::int64_t T = call.x.rows, D = call.x.cols, parts = std::max(1, parallel.threads);
-  const std::int64_t passes = (T + kPassTokens - 1) / kPassTokens, pass = (T + passes - 1) / passes;
+  const std::int64_t most = pass_tokens(call.experts);
+  const std::int64_t passes = (T + most - 1) / most, pass = (T + passes - 1) / passes;
   std::byte* memory = workspace.get(bytes<Blocks>(call.experts, pass, call.k, parts));
   Carver room(memory);
   Shared<Value> shared = carve_shared<Value>(room, call.experts, pass, call.k, parts);

@@ -114,7 +114,7 @@ struct CCall {
       : experts(handle) {
     std::mt19937 rng(seed);
     const std::int64_t E = handle->packed.num_experts(), D = handle->packed.d_model();
-    x = random_matrix(rng, T, D);
+    x = random_bf16_matrix(rng, T, D);  // which every kind of weights multiplies as it is
     y = random_matrix(rng, T, D);
     if (K > 0) routing = random_routing(rng, T, E, K);
     call = cleave_ffn_call_init();
@@ -159,7 +159,8 @@ struct Expectation {
     const std::int64_t K = routing.experts_per_token;
     const ExpertBank bank = c.experts->packed.unpack();
     moe_ffn_reference(bank, routing, scale, c.x.view(), y.view(), magnitude.view());
-    bound = ffn_bound(D, K * layer.spec.I) + sum_bound(2 * K + 4);
+    bound = ffn_bound(D, K * layer.spec.I) + sum_bound(2 * K + 4) +
+            hidden_bound(c.experts->packed.type());
     for (std::int64_t i = 0; i < T * D && layer.spec.biases; ++i) {
       const std::int64_t t = i / D, d = i % D;
       double sum = layer.output_bias[d], size = std::abs(sum);

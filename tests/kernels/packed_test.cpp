@@ -22,18 +22,6 @@ using namespace testing;
 constexpr WeightType kTypes[] = {WeightType::kF32, WeightType::kBF16, WeightType::kF16,
                                  WeightType::kInt8, WeightType::kInt4};
 
-/// Numbers that bfloat16 holds: what AVX512-BF16 kernels make of x where rows are many.
-OwnedMatrix random_bf16_matrix(std::mt19937& rng, std::int64_t rows, std::int64_t cols) {
-  OwnedMatrix m = random_matrix(rng, rows, cols);
-  for (float& v : m.values) v = bf16_to_float(float_to_bf16(v));
-  return m;
-}
-
-/// What such kernels lose by rounding hidden values to 8 bits, as a multiple of the sum of |terms|.
-double hidden_bound(WeightType type) {
-  return type == WeightType::kBF16 && panel_kernels().dots != nullptr ? 0x1p-8 : 0.0;
-}
-
 TEST(PackedLinear, MatchesReferenceOnRandomShapes) {
   ThreadPool pool(3);
   Workspace workspace;

@@ -9,6 +9,9 @@
 #include <vector>
 
 #include "cleave/kernels.h"
+#include "cleave/packed.h"
+#include "kernels/dispatch.h"
+#include "quants.h"
 
 // Random matrices, banks and routings for kernel tests. Same seed, same values.
 namespace cleave::testing {
@@ -35,6 +38,18 @@ inline std::vector<float> draw_values(std::mt19937& rng, std::int64_t n) {
 
 inline OwnedMatrix random_matrix(std::mt19937& rng, std::int64_t rows, std::int64_t cols) {
   return {rows, cols, draw_values(rng, rows * cols)};
+}
+
+/// Numbers that bfloat16 holds: what AVX512-BF16 kernels make of x where rows are many.
+inline OwnedMatrix random_bf16_matrix(std::mt19937& rng, std::int64_t rows, std::int64_t cols) {
+  OwnedMatrix m = random_matrix(rng, rows, cols);
+  for (float& v : m.values) v = bf16_to_float(float_to_bf16(v));
+  return m;
+}
+
+/// What such kernels lose by rounding hidden values to 8 bits, as a multiple of the sum of |terms|.
+inline double hidden_bound(WeightType type) {
+  return type == WeightType::kBF16 && panel_kernels().dots != nullptr ? 0x1p-8 : 0.0;
 }
 
 /// Experts of uneven widths; H >= E rows in all.
