@@ -13,30 +13,58 @@ PairGroups carve_groups(Carver& from, std::int64_t num_experts, std::int64_t pai
   return groups;
 }
 
-void group_pairs(const FfnCall& call, std::int64_t first, std::int64_t count, PairGroups& groups) {
-  const std::int64_t E = call.experts.num_experts();
-  const auto k = static_cast<std::int32_t>(call.k);
-  const auto begin = static_cast<std::int32_t>(first * call.k);
-  const auto end = static_cast<std::int32_t>((first + count) * call.k);
-  std::fill_n(groups.begin, E + 1, 0);
-  for (std::int32_t p = begin; p < end; ++p)
-    if (call.ids[p] >= 0) ++groups.begin[call.ids[p] + 1];
-  for (std::int64_t e = 0; e < E; ++e) groups.begin[e + 1] += groups.begin[e];
-  std::copy_n(groups.begin, E, groups.next);
-  std::int32_t token_begin = begin;
-  for (std::int32_t t = 0; t < count; ++t, token_begin += k)
-    for (std::int32_t p = token_begin; p < token_begin + k; ++p) {
-      const std::int32_t e = call.ids[p];
-      if (e < 0) continue;
-      const std::int32_t at = groups.next[e]++;
-      // Pairs ascend within an expert, so a second one of the same token would be a neighbour. Both
-      // would add to one row of y at once.
-      if (at > groups.begin[e] && groups.pair[at - 1] >= token_begin)
-        fail_argument("moe_ffn: token {} has expert {} twice; its ids must be distinct", first + t,
-                      e);
-      groups.pair[at] = p;
-      groups.token[at] = t;
+void PairSorter::count(std::int64_t part) const {
+  std::int32_t* counts = this->counts(part);
+  std::fill_n(counts, call_.experts.num_experts(), 0);
+  const std::int64_t begin = (first_ + token_begin(part)) * call_.k;
+  const std::int64_t end = (first_ + token_begin(part + 1)) * call_.k;
+  for (std::int64_t p = begin; p < end; ++p)
+    if (call_.ids[p] >= 0) ++counts[call_.ids[p]];
+}
+
+void PairSorter::sum_up() const {
+  std::int32_t sum = 0;
+  for (std::int64_t e = 0; e < call_.experts.num_experts(); ++e) {
+    groups_.begin[e] = sum;
+    for (std::int64_t part = 0; part < parts_; ++part) {
+      const std::int32_t n = counts(part)[e];
+      counts(part)[e] = sum;  // where the part's pairs begin
+      sum += n;
     }
+  }
+  groups_.begin[call_.experts.num_experts()] = sum;
+}
+
+void PairSorter::place(std::int64_t part) const {
+  std::int32_t* next = counts(part);
+  const auto k = static_cast<std::int32_t>(call_.k);
+  const auto end = static_cast<std::int32_t>(token_begin(part + 1));
+  for (auto t = static_cast<std::int32_t>(token_begin(part)); t < end; ++t) {
+    const auto pairs = static_cast<std::int32_t>((first_ + t) * k);
+    for (std::int32_t p = pairs; p < pairs + k; ++p) {
+      const std::int32_t e = call_.ids[p];
+      if (e < 0) continue;
+      const std::int32_t at = next[e]++;
+      groups_.pair[at] = p;
+      groups_.token[at] = t;
+      if (weights_ != nullptr) weights_[at] = call_.scale * call_.weights[p];
+    }
+    // Two pairs of a token with one expert are neighbours now. Both would add to one row of y at
+    // once.
+    for (std::int32_t p = pairs; p < pairs + k; ++p) {
+      const std::int32_t e = call_.ids[p];
+      if (e >= 0 && groups_.pair[next[e] - 1] != p)
+        fail_argument("moe_ffn: token {} has expert {} twice; its ids must be distinct", first_ + t,
+                      e);
+    }
+  }
+}
+
+void group_pairs(const FfnCall& call, std::int64_t first, std::int64_t count, PairGroups& groups) {
+  const PairSorter sorter(call, first, count, groups, groups.next, 1);
+  sorter.count(0);
+  sorter.sum_up();
+  sorter.place(0);
 }
 
 }  // namespace cleave

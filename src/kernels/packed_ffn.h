@@ -61,6 +61,41 @@ PairGroups carve_groups(Carver& from, std::int64_t num_experts, std::int64_t pai
 /// @throws InvalidArgument  a token has an expert twice
 void group_pairs(const FfnCall& call, std::int64_t first, std::int64_t count, PairGroups& groups);
 
+/// The same by several parts, each with a share of the tokens, in three steps: all count, one sums
+/// up, all place.
+class PairSorter {
+ public:
+  /// @param counts   [parts, E]
+  /// @param weights  [pairs] gets the call's weight of each, times its scale; or nullptr
+  PairSorter(const FfnCall& call, std::int64_t first, std::int64_t count, const PairGroups& groups,
+             std::int32_t* counts, std::int64_t parts, float* weights = nullptr)
+      : call_(call),
+        first_(first),
+        count_(count),
+        groups_(groups),
+        counts_(counts),
+        parts_(parts),
+        weights_(weights) {}
+
+  std::int64_t token_begin(std::int64_t part) const { return count_ * part / parts_; }
+  void count(std::int64_t part) const;
+  void sum_up() const;
+  /// @throws InvalidArgument  a token has an expert twice
+  void place(std::int64_t part) const;
+
+ private:
+  std::int32_t* counts(std::int64_t part) const {
+    return counts_ + part * call_.experts.num_experts();
+  }
+
+  const FfnCall& call_;
+  std::int64_t first_, count_;
+  PairGroups groups_;
+  std::int32_t* counts_;
+  std::int64_t parts_;
+  float* weights_;
+};
+
 /// Calls body(e, panel_begin, panel_end) for part `part` of `parts` equal shares of all experts'
 /// panels; a panel of expert e costs cost(e), and one that costs nothing is left out.
 template <typename Cost, typename Body>

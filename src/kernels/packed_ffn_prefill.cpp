@@ -66,6 +66,7 @@ struct Shared {
   std::int64_t* num_runs;                            // [1]
   Value* x;                                          // [tokens, skewed D]
   Value* hidden;                                     // by run
+  std::int32_t* counts;                              // [parts, E]
   StealingRanges::Range *hidden_tasks, *down_tasks;  // [parts]
   std::int64_t down_groups;                          // tasks, as many for each part
 };
@@ -105,6 +106,7 @@ Shared<Value> carve_shared(Carver& from, const PackedExperts& experts, std::int6
   s.num_runs = from.take<std::int64_t>(1);
   s.x = from.take<Value>(tokens * skewed_stride<Value>(experts.d_model() + 1));
   s.hidden = from.take<Value>(hidden_size<Value>(experts, tokens, k));
+  s.counts = from.take<std::int32_t>(parts * E);
   s.hidden_tasks = from.take<StealingRanges::Range>(parts);
   s.down_tasks = from.take<StealingRanges::Range>(parts);
   s.down_groups = num_down_groups(num_blocks(experts.d_model()), parts);
@@ -142,13 +144,10 @@ void share_tasks(std::int64_t parts, const Shared<typename Blocks::Value>& s) {
     down.set(i, s.down_groups * i / parts, s.down_groups * (i + 1) / parts);
 }
 
-/// Sorts the pass's pairs and finds the runs.
+/// Finds the runs of the pass's pairs, which are counted.
 template <typename Value>
-void prepare(const FfnCall& call, std::int64_t first, std::int64_t count, Shared<Value>& s) {
-  group_pairs(call, first, count, s.groups);
+void find_runs(const FfnCall& call, std::int64_t count, Shared<Value>& s) {
   const std::int64_t E = call.experts.num_experts(), neurons = call.experts.panel_neurons();
-  for (std::int64_t i = 0; i < s.groups.begin[E]; ++i)
-    s.weight[i] = call.scale * call.weights[s.groups.pair[i]];
   std::int64_t n = 0, hidden = 0;
   for (std::int64_t e = 0; e < E; ++e) {
     const std::int64_t m = s.groups.rows(e);
@@ -378,27 +377,29 @@ void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel)
   const std::int64_t stride = skewed_stride<Value>(D + 1);
   for (std::int64_t first = 0; first < T; first += pass) {
     const std::int64_t count = std::min(pass, T - first);
-    // One part sorts the pairs while the others take over the rows.
-    parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
-      for (std::int64_t part = part_begin; part < part_end; ++part) {
-        if (part == 0) {
-          prepare(call, first, count, shared);
-          share_tasks<Blocks>(parts, shared);
-        }
-        if (part == 0 && parts > 1) continue;
-        const std::int64_t share = part - (parts > 1 ? 1 : 0),
-                           shares = std::max<std::int64_t>(1, parts - 1);
-        for (std::int64_t t = count * share / shares; t < count * (share + 1) / shares; ++t)
-          Blocks::set_row(call.x.row(first + t), D, shared.x + t * stride);
-      }
-    });
-    const auto run_parts = [&](const auto& body) {
+    const PairSorter sorter(call, first, count, shared.groups, shared.counts, parts, shared.weight);
+    const auto for_parts = [&](const auto& body) {
       parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
-        for (std::int64_t part = part_begin; part < part_end; ++part) {
-          const PrefillPart<Blocks> runner(call, shared, scratch_of(part), stride,
-                                           call.y.slice_rows(first, count));
-          body(runner, part);
-        }
+        for (std::int64_t part = part_begin; part < part_end; ++part) body(part);
+      });
+    };
+    for_parts([&](std::int64_t part) {
+      sorter.count(part);
+      for (std::int64_t t = sorter.token_begin(part); t < sorter.token_begin(part + 1); ++t)
+        Blocks::set_row(call.x.row(first + t), D, shared.x + t * stride);
+    });
+    // One range: in one thread, whoever that is.
+    parallel(1, 1, [&](std::int64_t, std::int64_t) {
+      sorter.sum_up();
+      find_runs(call, count, shared);
+      share_tasks<Blocks>(parts, shared);
+    });
+    for_parts([&](std::int64_t part) { sorter.place(part); });
+    const auto run_parts = [&](const auto& body) {
+      for_parts([&](std::int64_t part) {
+        const PrefillPart<Blocks> runner(call, shared, scratch_of(part), stride,
+                                         call.y.slice_rows(first, count));
+        body(runner, part);
       });
     };
     run_parts([&](const PrefillPart<Blocks>& runner, std::int64_t part) {

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "cleave/error.h"
 #include "cleave/kernels.h"
@@ -30,14 +31,15 @@ void select_largest(const float* logits, std::int64_t num_experts, std::int64_t 
 // each with all, a vector at a time.
 void select_by_rank(const float* logits, std::int64_t num_experts, std::int64_t K,
                     std::int32_t* ids) {
-  std::int32_t rank[kMostRanked];
+  std::int32_t rank[kMostRanked], by_rank[kMostRanked];
   row_kernels().rank(logits, num_experts, rank);
-  std::fill(ids, ids + K, Routing::kUnused);
+  std::fill(by_rank, by_rank + num_experts, Routing::kUnused);
   for (std::int64_t e = 0; e < num_experts; ++e) {
     std::int64_t place = rank[e];
-    while (place < K && ids[place] != Routing::kUnused) ++place;  // equal logits, lower ids
-    if (place < K) ids[place] = static_cast<std::int32_t>(e);
+    while (by_rank[place] != Routing::kUnused) ++place;  // equal logits, lower ids
+    by_rank[place] = static_cast<std::int32_t>(e);
   }
+  std::copy_n(by_rank, K, ids);
 }
 
 void select(const float* logits, std::int64_t num_experts, std::int64_t K, std::int32_t* ids) {
@@ -58,6 +60,15 @@ std::int64_t count_used(const float* logits, const std::int32_t* ids, std::int64
 
 void softmax_selected(const float* logits, std::int64_t num_experts, const std::int32_t* ids,
                       std::int64_t used, bool normalise, float* weights) {
+  constexpr std::int64_t kMostInBlock = 128;
+  if (normalise && used <= kMostInBlock) {
+    float block[kMostInBlock];
+    for (std::int64_t k = 0; k < used; ++k) block[k] = logits[ids[k]];
+    SoftmaxState state{-std::numeric_limits<float>::infinity(), 0.0f};
+    row_kernels().softmax_block(block, used, &state);
+    for (std::int64_t k = 0; k < used; ++k) weights[k] = block[k] / state.sum;
+    return;
+  }
   float sum = 0.0f;
   for (std::int64_t k = 0; k < used; ++k) {
     weights[k] = std::exp(logits[ids[k]] - logits[ids[0]]);
