@@ -55,7 +55,8 @@ CLEAVE_C_API const char* cleave_last_error(void);
 CLEAVE_C_API uint32_t cleave_abi_version(void);
 /// "0.1.0". Static memory.
 CLEAVE_C_API const char* cleave_version(void);
-/// The instruction set that the kernels use: "scalar", "avx2", "avx512", "avx512vnni" or "neon".
+/// The instruction set that the kernels use: "scalar", "avx2", "avx512", "avx512vnni",
+/// "avx512bf16" or "neon".
 /// The environment variable CLEAVE_ISA overrides the widest one; NULL (and an error) if this CPU
 /// lacks it. Static memory.
 CLEAVE_C_API const char* cleave_isa(void);

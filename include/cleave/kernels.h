@@ -33,8 +33,8 @@ struct ParallelFor {
   }
 };
 
-/// Instruction set in use: "scalar", "avx2", "avx512", "avx512vnni" or "neon". The widest the CPU
-/// has; the environment variable CLEAVE_ISA overrides it (read once).
+/// Instruction set in use: "scalar", "avx2", "avx512", "avx512vnni", "avx512bf16" or "neon". The
+/// widest the CPU has; the environment variable CLEAVE_ISA overrides it (read once).
 /// @throws InvalidArgument  CLEAVE_ISA names an unknown set or one this CPU lacks
 const char* isa_name();
 

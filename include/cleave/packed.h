@@ -18,7 +18,9 @@
 // same for all instruction sets. Packed once, read many times.
 namespace cleave {
 
-/// How packed weights are stored. Inputs, sums and results are float32 with all of them.
+/// How packed weights are stored. Sums and results are float32 with all of them, and so are inputs,
+/// but for kBF16 where the instruction set is "avx512bf16": prompts (from some 9 rows of a matrix
+/// and 12 per expert) are then rounded to bfloat16 before each product.
 enum class WeightType {
   kF32,   ///< 4 bytes a weight
   kBF16,  ///< 2 bytes, rounded to nearest even

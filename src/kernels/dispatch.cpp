@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "cleave/error.h"
@@ -19,10 +20,20 @@ struct Isa {
   bool supported;
 };
 
+/// Without an allocation: route() looks here at its first call.
+struct Isas {
+  void push_back(const Isa& isa) { isas[count++] = isa; }
+  const Isa* begin() const { return isas; }
+  const Isa* end() const { return isas + count; }
+
+  Isa isas[8];
+  int count = 0;
+};
+
 // Widest first. A set counts only with every feature that its objects are compiled for
 // (cmake/isa.cmake).
-std::vector<Isa> all_isas() {
-  std::vector<Isa> isas;
+Isas all_isas() {
+  Isas isas;
 #ifdef CLEAVE_HAVE_X86_ISA
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -55,7 +66,7 @@ Isa choose_isa() {
   std::string usable;
   for (const Isa& isa : all_isas()) {
     if (!isa.supported) continue;
-    if (wanted == nullptr || *wanted == '\0' || isa.name == std::string(wanted)) return isa;
+    if (wanted == nullptr || *wanted == '\0' || std::strcmp(isa.name, wanted) == 0) return isa;
     usable += usable.empty() ? isa.name : std::string(", ") + isa.name;
   }
   throw InvalidArgument(fmt::format(
@@ -80,25 +91,25 @@ const GramKernels& gram_kernels() { return *chosen_isa().grams; }
 
 const IsaKernels* find_isa_kernels(const char* name) {
   for (const Isa& isa : all_isas())
-    if (isa.supported && isa.name == std::string(name)) return isa.kernels;
+    if (isa.supported && std::strcmp(isa.name, name) == 0) return isa.kernels;
   return nullptr;
 }
 
 const PanelKernels* find_panel_kernels(const char* name) {
   for (const Isa& isa : all_isas())
-    if (isa.supported && isa.name == std::string(name)) return isa.panels;
+    if (isa.supported && std::strcmp(isa.name, name) == 0) return isa.panels;
   return nullptr;
 }
 
 const RowKernels* find_row_kernels(const char* name) {
   for (const Isa& isa : all_isas())
-    if (isa.supported && isa.name == std::string(name)) return isa.rows;
+    if (isa.supported && std::strcmp(isa.name, name) == 0) return isa.rows;
   return nullptr;
 }
 
 const GramKernels* find_gram_kernels(const char* name) {
   for (const Isa& isa : all_isas())
-    if (isa.supported && isa.name == std::string(name)) return isa.grams;
+    if (isa.supported && std::strcmp(isa.name, name) == 0) return isa.grams;
   return nullptr;
 }
 

@@ -192,9 +192,14 @@ class PrefillPart {
     while (i + 1 < *shared_.num_runs && shared_.runs[i + 1].task <= task) ++i;
     const Run& run = shared_.runs[i];
     const std::int64_t p = run.panel + (task - run.task) * kPanelGroup;
-    for (std::int64_t r = 0; r < run.rows; r += kRowGroup)
-      hidden_group(run, p, std::min(run.panel_end, p + kPanelGroup), r,
-                   std::min(kRowGroup, run.rows - r));
+    const std::int64_t end = std::min(run.panel_end, p + kPanelGroup);
+    // Probably this part's next task.
+    const bool last = end == run.panel_end;
+    const std::int64_t after = last ? shared_.runs[(i + 1) % *shared_.num_runs].panel : end;
+    for (std::int64_t r = 0; r < run.rows; r += kRowGroup) {
+      const bool more_rows = r + kRowGroup < run.rows;
+      hidden_group(run, p, end, more_rows ? p : after, r, std::min(kRowGroup, run.rows - r));
+    }
   }
 
   /// A group of y's panels.
@@ -235,9 +240,9 @@ class PrefillPart {
     return s_.products + (panel * kRowGroup + row) * kPanelWidth;
   }
 
-  /// Panels [begin, end) for rows [first, first + m) of the run.
-  void hidden_group(const Run& run, std::int64_t begin, std::int64_t end, std::int64_t first,
-                    std::int64_t m) const {
+  /// Panels [begin, end) for rows [first, first + m) of the run. Panel `after` comes next.
+  void hidden_group(const Run& run, std::int64_t begin, std::int64_t end, std::int64_t after,
+                    std::int64_t first, std::int64_t m) const {
     const std::int32_t* token = shared_.groups.token + run.pair + first;
     const std::int64_t D = y_.cols, blocks = (D + block_steps_ - 1) / block_steps_;
     for (std::int64_t b = 0; b < blocks; ++b) {
@@ -253,9 +258,7 @@ class PrefillPart {
                                 0};
         const bool same_block = p + panels < end;
         const bool same_group = same_block || b + 1 < blocks;
-        const std::int64_t next = same_block   ? p + panels
-                                  : same_group ? begin
-                                               : std::min(end, run.panel_end - 1);
+        const std::int64_t next = same_block ? p + panels : same_group ? begin : after;
         const std::int64_t next_block = same_block ? b : same_group ? b + 1 : 0;
         blocks_.multiply(
             block,

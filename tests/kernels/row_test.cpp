@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <limits>
 #include <random>
 #include <vector>
@@ -15,6 +16,14 @@ namespace {
 using namespace testing;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+TEST(Dispatch, TheSetInUseHasAName) {
+  EXPECT_NE(find_row_kernels(isa_name()), nullptr);
+  const char* wanted = std::getenv("CLEAVE_ISA");
+  if (wanted != nullptr && *wanted != '\0') {
+    EXPECT_STREQ(isa_name(), wanted);
+  }
+}
 
 class RowKernelsTest : public ::testing::TestWithParam<const char*> {
  protected:
