@@ -31,6 +31,9 @@ void pause() {
 // and of drawing a token from the logits. To be woken from a futex takes tens of microseconds, more
 // on a virtual machine; longer spinning would take the core from others for nothing.
 constexpr std::chrono::microseconds kSpinTime(100);
+// After that the caller, whose workers are at work, goes on looking and offers its core to them
+// each time: to sleep, and to be woken onto a worker's core, would cost more.
+constexpr std::chrono::milliseconds kYieldTime(2);
 
 #if defined(__linux__)
 int current_cpu() { return sched_getcpu(); }
@@ -50,10 +53,6 @@ void leave_cpu(int cpu) {
 int current_cpu() { return -1; }
 void leave_cpu(int) {}
 #endif
-
-// After that the caller, whose workers are at work, goes on looking and offers its core to them
-// each time: to sleep, and to be woken onto a worker's core, would cost more.
-constexpr std::chrono::milliseconds kYieldTime(2);
 
 /// Waits until `ready` says so of `value`. Where there are more threads than cores, whoever spins
 /// may keep the one from running that it waits for.
