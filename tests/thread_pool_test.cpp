@@ -2,10 +2,16 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <ctime>
 #include <numeric>
 #include <stdexcept>
+#include <thread>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include "cleave/error.h"
 
@@ -94,6 +100,28 @@ TEST(ThreadPool, RefusesANonsensicalNumberOfThreads) {
   EXPECT_THROW(ThreadPool(-1), InvalidArgument);
   EXPECT_THROW(ThreadPool(1 << 20), InvalidArgument);
 }
+
+#if defined(__linux__)
+// A worker may move to another core; it must not stay bound to some of them.
+TEST(ThreadPool, WorkersKeepTheCoresTheyMayRunOn) {
+  const auto allowed = [] {
+    cpu_set_t set;
+    EXPECT_EQ(sched_getaffinity(0, sizeof set, &set), 0);
+    return CPU_COUNT(&set);
+  };
+  const int expected = allowed();
+  ThreadPool pool(2);
+  for (int round = 0; round < 20; ++round) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));  // so that the worker sleeps, too
+    std::atomic<int> least{expected};
+    pool.parallel_for()(2, 1, [&](std::int64_t, std::int64_t) {
+      const int mine = allowed();
+      if (mine < expected) least = mine;
+    });
+    ASSERT_EQ(least, expected);
+  }
+}
+#endif
 
 }  // namespace
 }  // namespace cleave

@@ -39,6 +39,7 @@ void PairSorter::place(std::int64_t part) const {
   std::int32_t* next = counts(part);
   const auto k = static_cast<std::int32_t>(call_.k);
   const auto end = static_cast<std::int32_t>(token_begin(part + 1));
+  std::int32_t twice = -1;  // pair
   for (auto t = static_cast<std::int32_t>(token_begin(part)); t < end; ++t) {
     const auto pairs = static_cast<std::int32_t>((first_ + t) * k);
     for (std::int32_t p = pairs; p < pairs + k; ++p) {
@@ -53,11 +54,13 @@ void PairSorter::place(std::int64_t part) const {
     // once.
     for (std::int32_t p = pairs; p < pairs + k; ++p) {
       const std::int32_t e = call_.ids[p];
-      if (e >= 0 && groups_.pair[next[e] - 1] != p)
-        fail_argument("moe_ffn: token {} has expert {} twice; its ids must be distinct", first_ + t,
-                      e);
+      if (e >= 0 && groups_.pair[next[e] - 1] != p && twice < 0) twice = p;
     }
   }
+  // Only now, so that nobody finds pairs that were never placed.
+  if (twice >= 0)
+    fail_argument("moe_ffn: token {} has expert {} twice; its ids must be distinct", twice / k,
+                  call_.ids[twice]);
 }
 
 void group_pairs(const FfnCall& call, std::int64_t first, std::int64_t count, PairGroups& groups) {
