@@ -9,4 +9,7 @@ namespace cleave {
 void check_routing(const char* function, const RoutingView& routing, std::int64_t num_experts);
 void check_routing(const char* function, const Routing& routing, std::int64_t num_experts);
 
+/// @throws InvalidArgument  ids or weights are not [T, K]
+RoutingView checked_view(const char* function, const Routing& routing);
+
 }  // namespace cleave

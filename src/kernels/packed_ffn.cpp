@@ -8,8 +8,9 @@ PairGroups carve_groups(Carver& from, std::int64_t num_experts, std::int64_t pai
   PairGroups groups;
   groups.begin = from.take<std::int32_t>(num_experts + 1);
   groups.next = from.take<std::int32_t>(num_experts);
-  groups.pair = from.take<std::int32_t>(pairs);
-  groups.token = from.take<std::int32_t>(pairs);
+  const std::int64_t room = PairGroups::size(num_experts, pairs);
+  groups.pair = from.take<std::int32_t>(room);
+  groups.token = from.take<std::int32_t>(room);
   return groups;
 }
 
@@ -31,6 +32,7 @@ void PairSorter::sum_up() const {
       counts(part)[e] = sum;  // where the part's pairs begin
       sum += n;
     }
+    sum += PairGroups::kGap;
   }
   groups_.begin[call_.experts.num_experts()] = sum;
 }

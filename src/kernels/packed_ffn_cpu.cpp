@@ -62,10 +62,7 @@ void moe_ffn(const PackedExperts& experts, const RoutingView& routing, float sca
 void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
              MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
              const ParallelFor& parallel) {
-  check_routing("moe_ffn", routing, experts.num_experts());
-  const RoutingView view{routing.num_tokens, routing.experts_per_token, routing.ids.data(),
-                         routing.weights.data()};
-  moe_ffn(experts, view, scale, x, y, workspace, parallel);
+  moe_ffn(experts, checked_view("moe_ffn", routing), scale, x, y, workspace, parallel);
 }
 
 std::size_t dense_ffn_workspace_size(const PackedExperts& ffn, std::int64_t num_tokens,

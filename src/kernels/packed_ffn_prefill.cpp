@@ -61,7 +61,7 @@ struct Run {
 template <typename Value>
 struct Shared {
   PairGroups groups;
-  float* weight;                                     // [pairs]
+  float* weight;                                     // [PairGroups::size()]
   Run* runs;                                         // [E]
   std::int64_t* num_runs;                            // [1]
   Value* x;                                          // [tokens, skewed D]
@@ -101,7 +101,7 @@ Shared<Value> carve_shared(Carver& from, const PackedExperts& experts, std::int6
   const std::int64_t E = experts.num_experts(), pairs = tokens * k;
   Shared<Value> s;
   s.groups = carve_groups(from, E, pairs);
-  s.weight = from.take<float>(pairs);
+  s.weight = from.take<float>(PairGroups::size(E, pairs));
   s.runs = from.take<Run>(E);
   s.num_runs = from.take<std::int64_t>(1);
   s.x = from.take<Value>(tokens * skewed_stride<Value>(experts.d_model() + 1));

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "cleave/packed.h"
 #include "fail.h"
@@ -39,55 +40,30 @@ struct Output {
   }
 };
 
-/// Runs panels of one weight over rows of x. One object per part.
-class PanelLoop {
+/// Runs panels of one weight over a few rows of x. One object per part.
+class DirectLoop {
  public:
-  PanelLoop(const PackedLinear& weight, MatrixView<const float> x, const Output& output,
-            std::int64_t pass, float* scratch)
+  DirectLoop(const PackedLinear& weight, MatrixView<const float> x, const Output& output,
+             std::int64_t, float* scratch)
       : weight_(weight),
         x_(x),
         output_(output),
         format_(panel_format(weight.type())),
         kernels_(panel_kernels()),
         results_(scratch),
-        unpacked_(results_ + result_rows(pass) * kPanelWidth),
-        blocks_(reinterpret_cast<InputBlock*>(unpacked_ + kTileSteps * kPanelWidth)),
-        tiles_(reinterpret_cast<float*>(blocks_ + kMaxPanelRows * num_blocks(x.cols)), x.cols) {}
+        blocks_(reinterpret_cast<InputBlock*>(results_ + kMaxPanelRows * kPanelWidth)) {}
 
-  static std::int64_t scratch_size(std::int64_t pass, std::int64_t K) {
-    return (result_rows(pass) + kTileSteps) * kPanelWidth +
-           kMaxPanelRows * num_blocks(K) * kBlockFloats + TiledRows::size(pass, K);
+  static std::int64_t scratch_size(std::int64_t, std::int64_t K) {
+    constexpr std::int64_t kBlockFloats = sizeof(InputBlock) / sizeof(float);
+    return kMaxPanelRows * (kPanelWidth + num_blocks(K) * kBlockFloats);
   }
 
   void run(std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
            std::int64_t rows) const {
-    const bool direct = rows <= direct_panel_rows(kernels_, format_);
-    for (std::int64_t r = 0; r < rows; ++r) {
-      if (!direct)
-        tiles_.set_row(r, x_.row(row_begin + r), x_.cols);
-      else if (format_ == PanelFormat::kInt4)
-        kernels_.prepare(x_.row(row_begin + r), x_.cols, blocks_ + r * num_blocks(x_.cols));
-    }
-    for (std::int64_t p = panel_begin; p < panel_end; ++p) {
-      if (direct)
-        multiply_direct(p, row_begin, rows);
-      else
-        multiply_tiles(p, rows);
-      output_.store(results_, p, row_begin, rows);
-    }
-  }
-
- private:
-  static constexpr std::int64_t kBlockFloats = sizeof(InputBlock) / sizeof(float);
-  // The last tile's kernel may write rows that nobody asked for.
-  static std::int64_t result_rows(std::int64_t pass) {
-    return TiledRows::num_tiles(pass) * kTileRows;
-  }
-  const std::byte* packed(std::int64_t p) const {
-    return weight_.data() + p * weight_.panel_bytes();
-  }
-
-  void multiply_direct(std::int64_t p, std::int64_t row_begin, std::int64_t rows) const {
+    const std::int64_t K = x_.cols;
+    if (format_ == PanelFormat::kInt4)
+      for (std::int64_t r = 0; r < rows; ++r)
+        kernels_.prepare(x_.row(row_begin + r), K, blocks_ + r * num_blocks(K));
     const int kernel = panel_rows_index(rows);
     const float* x[kMaxPanelRows];
     const InputBlock* blocks[kMaxPanelRows];
@@ -95,77 +71,79 @@ class PanelLoop {
     for (std::int64_t r = 0; r < kPanelRows[kernel]; ++r) {
       const std::int64_t real = std::min(r, rows - 1);
       x[r] = x_.row(row_begin + real);
-      blocks[r] = blocks_ + real * num_blocks(x_.cols);
+      blocks[r] = blocks_ + real * num_blocks(K);
       out[r] = results_ + r * kPanelWidth;
     }
-    const std::byte* panel = packed(p) + scale_bytes(format_);
-    kernels_.multiply[static_cast<int>(format_)][kernel](
-        {panel, reinterpret_cast<const float*>(packed(p)), x_.cols, 1, 0, x, blocks, out, false,
-         reinterpret_cast<const char*>(panel) + kPrefetchBytes});
-  }
-
-  void multiply_tiles(std::int64_t p, std::int64_t rows) const {
-    const std::byte* panel = packed(p) + scale_bytes(format_);
-    const std::int64_t tiles = TiledRows::num_tiles(rows);
-    Prefetcher next(packed(p + 1), weight_.panel_bytes());
-    for (std::int64_t b = 0; b < tiles_.blocks(); ++b) {
-      const std::int64_t steps = std::min(kTileSteps, x_.cols - b * kTileSteps);
-      kernels_.unpack[static_cast<int>(format_)](
-          panel + b * cleave::panel_bytes(format_, kTileSteps), steps,
-          reinterpret_cast<const float*>(packed(p)), unpacked_);
-      for (std::int64_t t = 0; t < tiles; ++t) {
-        float* out[kTileRows];
-        for (std::int64_t r = 0; r < kTileRows; ++r)
-          out[r] = results_ + (t * kTileRows + r) * kPanelWidth;
-        tile_kernel(kernels_, rows,
-                    t)({unpacked_, steps, 1, tiles_.block(t, b), out, b > 0, next.next(steps)});
-      }
+    for (std::int64_t p = panel_begin; p < panel_end; ++p) {
+      const std::byte* packed = weight_.data() + p * weight_.panel_bytes();
+      const std::byte* panel = packed + scale_bytes(format_);
+      kernels_.multiply[static_cast<int>(format_)][kernel](
+          {panel, reinterpret_cast<const float*>(packed), K, 1, 0, x, blocks, out, false,
+           reinterpret_cast<const char*>(panel) + kPrefetchBytes});
+      output_.store(results_, p, row_begin, rows);
     }
   }
 
+ private:
   const PackedLinear& weight_;
   MatrixView<const float> x_;
   Output output_;
   PanelFormat format_;
   const PanelKernels& kernels_;
-  float* results_;      // [rows of a pass, 32]
-  float* unpacked_;     // [kTileSteps, 32]
+  float* results_;      // [8, 32]
   InputBlock* blocks_;  // [8, ceil(K / 32)] x, for kInt4
-  TiledRows tiles_;     // x
 };
 
-/// The same with more rows than are multiplied directly, by bfloat16 dot products.
-class DotLoop {
+/// The same over more rows than are multiplied directly. Blocks: how weights are multiplied.
+template <typename Blocks>
+class BlockLoop {
  public:
-  DotLoop(const PackedLinear& weight, MatrixView<const float> x, const Output& output,
-          std::int64_t pass, float* scratch)
+  using Value = typename Blocks::Value;
+  BlockLoop(const PackedLinear& weight, MatrixView<const float> x, const Output& output,
+            std::int64_t pass, float* scratch)
       : weight_(weight),
         x_(x),
         output_(output),
-        blocks_(panel_format(weight.type()), nullptr),
+        format_(panel_format(weight.type())),
         pass_(pass),
         results_(scratch),
-        rounded_(reinterpret_cast<DotBlocks::Value*>(scratch + 2 * pass * kPanelWidth)) {}
+        blocks_(format_, reinterpret_cast<std::byte*>(results_ + 2 * pass * kPanelWidth)),
+        rounded_(reinterpret_cast<Value*>(results_ + 2 * pass * kPanelWidth +
+                                          Blocks::kScratchBytes / sizeof(float))) {
+    const std::int64_t K = x.cols, blocks = (K + Blocks::kBlockSteps - 1) / Blocks::kBlockSteps;
+    block_steps_ = std::min(Blocks::kBlockSteps, ((K + blocks - 1) / blocks + 31) / 32 * 32);
+  }
 
   static std::int64_t scratch_size(std::int64_t pass, std::int64_t K) {
-    return 2 * pass * kPanelWidth + pass * stride(K) / 2;
+    return 2 * pass * kPanelWidth +
+           static_cast<std::int64_t>(Blocks::kScratchBytes / sizeof(float)) +
+           (kRounds ? pass * stride(K) / 2 : 0);
   }
 
   void run(std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
            std::int64_t rows) const {
-    const std::int64_t K = x_.cols, row = stride(K);
-    for (std::int64_t r = 0; r < rows; ++r)
-      DotBlocks::set_row(x_.row(row_begin + r), K, rounded_ + r * row);
+    const std::int64_t K = x_.cols;
+    if constexpr (kRounds)
+      for (std::int64_t r = 0; r < rows; ++r)
+        Blocks::set_row(x_.row(row_begin + r), K, rounded_ + r * stride(K));
     for (std::int64_t p = panel_begin; p < panel_end; p += 2) {
       const std::int64_t panels = std::min<std::int64_t>(2, panel_end - p);
-      for (std::int64_t s = 0; s < K; s += DotBlocks::kBlockSteps) {
-        const std::int64_t steps = std::min(DotBlocks::kBlockSteps, K - s);
+      for (std::int64_t s = 0; s < K; s += block_steps_) {
+        const std::int64_t steps = std::min(block_steps_, K - s);
         const bool same = s + steps < K;
         const std::int64_t next = same ? p : std::min(p + 2, panel_end - panels);
         blocks_.multiply(
-            {{at(p, s), at(p + panels - 1, s)}, {}, panels, steps, 1, 0, 0},
-            {at(next, same ? s + steps : 0), 0, panels, weight_.panel_bytes()}, rows, s > 0,
-            pass_ * kPanelWidth, [&](std::int64_t r) { return rounded_ + r * row + s; },
+            {{at(p, s), at(p + panels - 1, s)},
+             {scales(p), scales(p + panels - 1)},
+             panels,
+             steps,
+             1,
+             0,
+             0},
+            {at(next, same ? s + steps : 0), kRounds ? 0 : panel_bytes(format_, block_steps_),
+             panels, weight_.panel_bytes()},
+            rows, s > 0, pass_ * kPanelWidth,
+            [&](std::int64_t r) { return row_of_x(row_begin, r) + s; },
             [&](std::int64_t r) { return results_ + r * kPanelWidth; });
       }
       for (std::int64_t i = 0; i < panels; ++i)
@@ -174,19 +152,31 @@ class DotLoop {
   }
 
  private:
+  static constexpr bool kRounds = !std::is_same_v<Value, float>;
   /// Values from row to row, an odd number of lines.
   static std::int64_t stride(std::int64_t K) { return ((K + 1 + 31) / 32 | 1) * 32; }
+  const Value* row_of_x(std::int64_t row_begin, std::int64_t r) const {
+    if constexpr (kRounds)
+      return rounded_ + r * stride(x_.cols);
+    else
+      return x_.row(row_begin + r);
+  }
   const std::byte* at(std::int64_t p, std::int64_t step) const {
-    return weight_.data() + p * weight_.panel_bytes() + panel_bytes(PanelFormat::kBF16, step);
+    return weight_.data() + p * weight_.panel_bytes() + scale_bytes(format_) +
+           panel_bytes(format_, step);
+  }
+  const float* scales(std::int64_t p) const {
+    return reinterpret_cast<const float*>(weight_.data() + p * weight_.panel_bytes());
   }
 
   const PackedLinear& weight_;
   MatrixView<const float> x_;
   Output output_;
-  DotBlocks blocks_;
-  std::int64_t pass_;
-  float* results_;             // [2, rows of a pass, 32]
-  DotBlocks::Value* rounded_;  // [rows of a pass, stride] x
+  PanelFormat format_;
+  std::int64_t pass_, block_steps_;
+  float* results_;  // [2, rows of a pass, 32]
+  Blocks blocks_;
+  Value* rounded_;  // [rows of a pass, stride] x, where it is rounded
 };
 
 /// Runs Loop over equal shares of the panels; of the rows where there are too few panels to share.
@@ -230,11 +220,13 @@ void linear(const PackedLinear& weight, MatrixView<const float> x, std::span<con
         weight.rows());
   if (x.rows == 0 || weight.rows() == 0) return;
   const Output output{y, bias, add};
-  const bool many = x.rows > direct_panel_rows(panel_kernels(), panel_format(weight.type()));
-  if (many && weight.type() == WeightType::kBF16 && panel_kernels().dots != nullptr)
-    run_shares<DotLoop>(weight, x, output, workspace, parallel);
+  const PanelFormat format = panel_format(weight.type());
+  if (x.rows <= direct_panel_rows(panel_kernels(), format))
+    run_shares<DirectLoop>(weight, x, output, workspace, parallel);
+  else if (format == PanelFormat::kBF16 && panel_kernels().dots != nullptr)
+    run_shares<BlockLoop<DotBlocks>>(weight, x, output, workspace, parallel);
   else
-    run_shares<PanelLoop>(weight, x, output, workspace, parallel);
+    run_shares<BlockLoop<UnpackedBlocks>>(weight, x, output, workspace, parallel);
 }
 
 }  // namespace cleave

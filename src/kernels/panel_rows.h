@@ -10,7 +10,7 @@ namespace cleave {
 /// Bytes between what is used and what is asked of memory, where rows are few and wait for it.
 inline constexpr std::int64_t kPrefetchBytes = 4096;
 
-/// Rows up to which a format is multiplied as it is stored; with more it is unpacked, into tiles.
+/// Rows up to which a format is multiplied as it is stored; more take blocks (prefill_blocks.h).
 inline std::int64_t direct_panel_rows(const PanelKernels& kernels, PanelFormat format) {
   std::int64_t most = 0;
   for (int i = 0; i < kNumPanelRows; ++i)
@@ -58,21 +58,5 @@ inline auto tile_kernel(const PanelKernels& kernels, std::int64_t m, std::int64_
   const std::int64_t rows = std::min<std::int64_t>(kTileRows, m - tile * kTileRows);
   return kernels.multiply_tile[(rows + 3) / 4 - 1];
 }
-
-/// Hands out [begin, begin + bytes) to tile products, to be fetched while they run.
-class Prefetcher {
- public:
-  Prefetcher(const void* begin, std::int64_t bytes)
-      : at_(static_cast<const char*>(begin)), end_(at_ + bytes) {}
-  const char* next(std::int64_t steps) {
-    if (at_ >= end_) return nullptr;
-    const char* now = at_;
-    at_ += steps * 32;
-    return now;
-  }
-
- private:
-  const char *at_, *end_;
-};
 
 }  // namespace cleave

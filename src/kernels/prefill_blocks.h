@@ -152,14 +152,14 @@ class DotBlocks {
                 std::int64_t panel_offset, const XOf& x_of, const YOf& y_of) const {
     const bool pair = block.panels == 2;
     const auto* kernels = pair ? kernels_.multiply_pair : kernels_.multiply_block;
-    const std::int64_t most = pair ? kPairRows : kBlockRows, products = (m + most - 1) / most;
+    const std::int64_t most = pair ? kPairRows : kDotRows, products = (m + most - 1) / most;
     const std::int64_t pairs = (block.piece_steps + 1) / 2;
     // Every product fetches an equal share of each piece that comes next: two lines of a panel per
     // two steps, for all products.
     const std::int64_t rate = (2 * 64 + products - 1) / products;
     const std::int64_t second = !pair ? 0 : block.pieces > 1 ? next.bytes / 2 : next.stride;
-    const std::uint16_t* x[kBlockRows];
-    float* y[kBlockRows];
+    const std::uint16_t* x[kDotRows];
+    float* y[kDotRows];
     for (std::int64_t i = 0; i < products; ++i) {
       // Equal shares, because a product of few rows waits for its own sums.
       const std::int64_t first = m * i / products, rows = m * (i + 1) / products - first;
@@ -190,10 +190,10 @@ class DotBlocks {
   template <typename YOf>
   void multiply_short(const std::byte* panel, const std::byte* next, std::int64_t steps,
                       std::int64_t panels, const Value* h, std::int64_t m, const YOf& y_of) const {
-    const std::int64_t products = (m + kShortRows - 1) / kShortRows, lines = panels * steps;
+    const std::int64_t products = (m + kDotRows - 1) / kDotRows, lines = panels * steps;
     for (std::int64_t i = 0; i < products; ++i) {
       const std::int64_t first = m * i / products, end = m * (i + 1) / products;
-      float* y[kShortRows];
+      float* y[kDotRows];
       for (std::int64_t r = first; r < end; ++r) y[r - first] = y_of(r);
       for (std::int64_t line = lines * i / products; line < lines * (i + 1) / products; ++line)
         __builtin_prefetch(next + line * kLine, 0, 2);

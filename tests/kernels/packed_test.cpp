@@ -325,7 +325,7 @@ TEST(DotKernels, MultiplyPanelsInPieces) {
   const PanelKernels* kernels = find_panel_kernels("avx512bf16");
   if (kernels == nullptr) GTEST_SKIP() << "this CPU has no AVX512-BF16";
   for (const std::int64_t panels : {1, 2})
-    for (std::int64_t rows = 1; rows <= (panels == 2 ? kPairRows : kBlockRows); ++rows)
+    for (std::int64_t rows = 1; rows <= (panels == 2 ? kPairRows : kDotRows); ++rows)
       for (const auto& [pieces, steps] :
            {std::pair<std::int64_t, std::int64_t>{1, 1}, {1, 7}, {1, 130}, {3, 16}, {5, 32}})
         for (const bool add : {false, true}) {
@@ -337,8 +337,8 @@ TEST(DotKernels, MultiplyPanelsInPieces) {
           const std::vector<std::uint16_t> halves = as_bf16(x.values);
           const OwnedMatrix start = random_matrix(rng, rows + 1, panels * kPanelWidth);
           OwnedMatrix y = start;
-          const std::uint16_t* in[kBlockRows];
-          float* out[kBlockRows];
+          const std::uint16_t* in[kDotRows];
+          float* out[kDotRows];
           for (std::int64_t r = 0; r < rows; ++r) {
             in[r] = halves.data() + r * padded;
             out[r] = y.view().row(r);
@@ -376,7 +376,7 @@ TEST(DotKernels, MultiplyPanelsInPieces) {
 TEST(DotKernels, MultiplyShortPanelsSideBySide) {
   const PanelKernels* kernels = find_panel_kernels("avx512bf16");
   if (kernels == nullptr) GTEST_SKIP() << "this CPU has no AVX512-BF16";
-  for (std::int64_t rows = 1; rows <= kShortRows; ++rows)
+  for (std::int64_t rows = 1; rows <= kDotRows; ++rows)
     for (const std::int64_t steps : {16, 32}) {
       std::mt19937 rng(static_cast<unsigned>(rows * 100 + steps));
       PanelPieces w(rng, 2, 1, steps, 0);
@@ -384,7 +384,7 @@ TEST(DotKernels, MultiplyShortPanelsSideBySide) {
       const std::vector<std::uint16_t> halves = as_bf16(x.values);
       const OwnedMatrix start = random_matrix(rng, rows + 1, 2 * kPanelWidth);
       OwnedMatrix y = start;
-      float* out[kShortRows];
+      float* out[kDotRows];
       for (std::int64_t r = 0; r < rows; ++r) out[r] = y.view().row(r);
       kernels->dots->multiply_short[rows - 1]({w.at(0), steps, 2, halves.data(), out});
       for (std::int64_t r = 0; r <= rows; ++r)

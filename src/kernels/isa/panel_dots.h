@@ -30,7 +30,7 @@ template <int kRows, int kPanels>
 void multiply_dots(const DotProduct& product) {
   constexpr int kVectors = 2 * kPanels;
   const std::uint16_t* x[kRows];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) x[r] = product.x[r];
   const char* piece[kPanels];
 #pragma GCC unroll 2
@@ -54,7 +54,7 @@ void multiply_dots(const DotProduct& product) {
       Words w[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) w[v] = load<Words>(piece[v / 2] + s * 128 + v % 2 * 64);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
         const Words pair = splat_pair(x[r] + at);
 #pragma GCC unroll 4
@@ -65,7 +65,7 @@ void multiply_dots(const DotProduct& product) {
     for (int p = 0; p < kPanels; ++p) piece[p] += product.piece_stride;
   }
   const auto finish = [&](auto adds) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
@@ -138,7 +138,8 @@ inline void activate_to_bfloat16(Activation activation, bool gated, std::int64_t
 
 constexpr DotKernels kDots = {
     {multiply_dots<1, 1>, multiply_dots<2, 1>, multiply_dots<3, 1>, multiply_dots<4, 1>,
-     multiply_dots<5, 1>, multiply_dots<6, 1>, multiply_dots<7, 1>, multiply_dots<8, 1>},
+     multiply_dots<5, 1>, multiply_dots<6, 1>, multiply_dots<7, 1>, multiply_dots<8, 1>,
+     multiply_dots<9, 1>, multiply_dots<10, 1>, multiply_dots<11, 1>, multiply_dots<12, 1>},
     {multiply_dots<1, 2>, multiply_dots<2, 2>, multiply_dots<3, 2>, multiply_dots<4, 2>,
      multiply_dots<5, 2>, multiply_dots<6, 2>},
     {multiply_short_dots<1>, multiply_short_dots<2>, multiply_short_dots<3>, multiply_short_dots<4>,

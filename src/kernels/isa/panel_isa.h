@@ -126,16 +126,17 @@ struct ShortDotProduct {
   const std::uint16_t* x;  ///< [rows, kShortStride]
   float* const* y;         ///< a pointer per row, to 32 * panels floats
 };
-inline constexpr int kShortRows = 12;
+/// Rows of one panel that a call takes at most; of two it takes kPairRows.
+inline constexpr int kDotRows = 12;
 inline constexpr std::int64_t kShortSteps = 16, kShortStride = 32;
 
 /// What a set with dot products of bfloat16 pairs has (AVX512-BF16). Sums are float32; a pair is
 /// added at once, and subnormal numbers count as zero.
 struct DotKernels {
   /// Indexed by rows - 1.
-  void (*multiply_block[kBlockRows])(const DotProduct& product);
+  void (*multiply_block[kDotRows])(const DotProduct& product);
   void (*multiply_pair[kPairRows])(const DotProduct& product);  ///< of two panels
-  void (*multiply_short[kShortRows])(const ShortDotProduct& product);
+  void (*multiply_short[kDotRows])(const ShortDotProduct& product);
   /// out [n] = x [n], rounded to the nearest, ties to even.
   void (*round)(const float* x, std::int64_t n, std::uint16_t* out);
   /// As in PanelKernels, rounded.
