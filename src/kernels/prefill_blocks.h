@@ -18,6 +18,7 @@ struct WeightBlock {
   std::int64_t panels;
   std::int64_t piece_steps, pieces;
   std::int64_t piece_stride, scale_stride;  ///< bytes
+  bool half = false;  ///< of one panel only lanes 0 to 15 are wanted; the others may get anything
 
   std::int64_t steps() const { return pieces * piece_steps; }
 };
@@ -29,7 +30,8 @@ struct NextBlock {
   std::int64_t bytes, count, stride;
 };
 
-/// Weights are unpacked to floats, two panels at a time, into a second-level cache.
+/// Weights are unpacked to floats, two panels at a time, into a second-level cache; those that are
+/// floats in one piece are multiplied where they lie.
 class UnpackedBlocks {
  public:
   using Value = float;  ///< of x and hidden
@@ -41,6 +43,7 @@ class UnpackedBlocks {
       : kernels_(panel_kernels()),
         unpack_(kernels_.unpack[static_cast<int>(format)]),
         unpack_and_multiply_(kernels_.unpack_and_multiply[static_cast<int>(format)]),
+        unpacks_(format != PanelFormat::kF32),
         unpacked_(reinterpret_cast<float*>(scratch)) {}
 
   /// What a panel costs, in rows: unpacking it is worth some four.
@@ -57,10 +60,17 @@ class UnpackedBlocks {
   void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
                 std::int64_t panel_offset, const XOf& x_of, const YOf& y_of) const {
     const bool pair = block.panels == 2;
-    const auto* kernels = pair ? kernels_.multiply_pair : kernels_.multiply_block;
+    const auto* kernels = pair         ? kernels_.multiply_pair
+                          : block.half ? kernels_.multiply_half
+                                       : kernels_.multiply_block;
     const std::int64_t most = pair ? kPairRows : kBlockRows, steps = block.steps();
     const bool fused = pair && m >= kPairRows && unpack_and_multiply_ != nullptr;
-    if (!fused) unpack(block);
+    const bool in_place = !unpacks_ && block.pieces == 1;
+    if (!fused && !in_place) unpack(block);
+    const float* panel[2];
+    for (int i = 0; i < 2; ++i)
+      panel[i] = in_place ? reinterpret_cast<const float*>(block.panel[i])
+                          : unpacked_ + i * steps * kPanelWidth;
     const float* x[kBlockRows];
     float* y[kBlockRows];
     Fetcher fetcher(next);
@@ -83,7 +93,7 @@ class UnpackedBlocks {
                               add,
                               fetch});
       else
-        kernels[rows - 1]({unpacked_, steps, x, y, panel_offset, add, fetch});
+        kernels[rows - 1]({{panel[0], panel[1]}, steps, x, y, panel_offset, add, fetch});
     }
   }
 
@@ -122,6 +132,7 @@ class UnpackedBlocks {
   const PanelKernels& kernels_;
   void (*unpack_)(const void*, std::int64_t, const float*, float*);
   void (*unpack_and_multiply_)(const UnpackProduct&);
+  bool unpacks_;
   float* unpacked_;  // [2, kBlockSteps, 32]
 };
 

@@ -209,13 +209,14 @@ TEST(PanelKernels, EveryInstructionSetMultipliesBlocks) {
   for (const char* isa : {"scalar", "avx2", "avx512", "avx512vnni", "avx512bf16", "neon"}) {
     const PanelKernels* kernels = find_panel_kernels(isa);
     if (kernels == nullptr) continue;
-    for (const std::int64_t panels : {1, 2})
+    for (const std::int64_t lanes : {kPanelWidth / 2, kPanelWidth, 2 * kPanelWidth}) {
+      const std::int64_t panels = (lanes + kPanelWidth - 1) / kPanelWidth;
       for (std::int64_t rows = 1; rows <= (panels == 2 ? kPairRows : kBlockRows); ++rows)
         for (const std::int64_t steps : {1, 2, 16, 127, 512}) {
-          std::mt19937 rng(static_cast<unsigned>(panels * 10000 + rows * 1000 + steps));
+          std::mt19937 rng(static_cast<unsigned>(lanes * 10000 + rows * 1000 + steps));
           const OwnedMatrix w = random_matrix(rng, panels * steps, kPanelWidth);
           const OwnedMatrix x = random_matrix(rng, rows, steps);
-          // A row more than asked for: it must stay as it is.
+          // A row more than asked for, and the lanes of a panel that are not: they must stay.
           const OwnedMatrix start = random_matrix(rng, rows + 1, panels * kPanelWidth);
           for (const bool add : {false, true}) {
             OwnedMatrix y = start;
@@ -225,23 +226,33 @@ TEST(PanelKernels, EveryInstructionSetMultipliesBlocks) {
               in[r] = x.view().row(r);
               out[r] = y.view().row(r);
             }
-            const auto* blocks = panels == 2 ? kernels->multiply_pair : kernels->multiply_block;
-            blocks[rows - 1]({w.values.data(), steps, in, out, kPanelWidth, add, nullptr});
+            const auto* blocks = panels == 2            ? kernels->multiply_pair
+                                 : lanes == kPanelWidth ? kernels->multiply_block
+                                                        : kernels->multiply_half;
+            blocks[rows - 1]({{w.values.data(), w.values.data() + steps * kPanelWidth},
+                              steps,
+                              in,
+                              out,
+                              kPanelWidth,
+                              add,
+                              nullptr});
             for (std::int64_t r = 0; r <= rows; ++r)
               for (std::int64_t i = 0; i < panels * kPanelWidth; ++i) {
-                double sum = add || r == rows ? start.view()(r, i) : 0.0, size = std::abs(sum);
-                for (std::int64_t s = 0; r < rows && s < steps; ++s) {
+                const bool written = r < rows && i < lanes;
+                double sum = add || !written ? start.view()(r, i) : 0.0, size = std::abs(sum);
+                for (std::int64_t s = 0; written && s < steps; ++s) {
                   const double term = static_cast<double>(x.view()(r, s)) *
                                       w.view()(i / kPanelWidth * steps + s, i % kPanelWidth);
                   sum += term;
                   size += std::abs(term);
                 }
                 ASSERT_NEAR(y.view()(r, i), sum, sum_bound(steps + 2) * size)
-                    << isa << " panels " << panels << " rows " << rows << " steps " << steps
+                    << isa << " lanes " << lanes << " rows " << rows << " steps " << steps
                     << " row " << r << " lane " << i;
               }
           }
         }
+    }
   }
 }
 
@@ -285,7 +296,13 @@ TEST(PanelKernels, UnpackAndMultiplyEqualsBoth) {
                                            true,
                                            nullptr});
           kernels->multiply_pair[kPairRows - 1](
-              {expected.data(), all, in, other_out, kPanelWidth, true, nullptr});
+              {{expected.data(), expected.data() + all * kPanelWidth},
+               all,
+               in,
+               other_out,
+               kPanelWidth,
+               true,
+               nullptr});
           ASSERT_EQ(unpacked, expected) << isa << " steps " << steps << " pieces " << pieces;
           ASSERT_EQ(y.values, other.values) << isa << " steps " << steps << " pieces " << pieces;
         }

@@ -30,6 +30,8 @@ constexpr PanelKernels kPanels = {
      multiply_block<5, 1>, multiply_block<6, 1>, multiply_block<7, 1>, multiply_block<8, 1>},
     {multiply_block<1, 2>, multiply_block<2, 2>, multiply_block<3, 2>, multiply_block<4, 2>,
      multiply_block<5, 2>, multiply_block<6, 2>},
+    {multiply_half<1>, multiply_half<2>, multiply_half<3>, multiply_half<4>, multiply_half<5>,
+     multiply_half<6>, multiply_half<7>, multiply_half<8>},
     {nullptr, CLEAVE_UNPACK_AND_MULTIPLY(BF16), CLEAVE_UNPACK_AND_MULTIPLY(F16), nullptr, nullptr},
     {unpack<F32>, unpack<BF16>, unpack<F16>, unpack<Int8>, unpack<Int4>},
     activate,

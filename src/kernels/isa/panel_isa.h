@@ -72,7 +72,7 @@ struct TileProduct {
 /// y[r][i * panel_offset + lane] (+)= sum over s < steps of x[r][s] * panel[i][s][lane], for one
 /// panel or two: rows wherever they lie.
 struct BlockProduct {
-  const float* panel;  ///< [1 or 2, steps, 32]; should fit a second-level cache
+  const float* panel[2];  ///< [steps, 32] each; should fit a second-level cache
   std::int64_t steps;
   const float* const* x;      ///< a pointer per row, to `steps` floats
   float* const* y;            ///< a pointer per row, to 32 floats per panel
@@ -153,7 +153,8 @@ struct PanelKernels {
   void (*multiply_tile[kTileRows / 4])(const TileProduct& product);
   /// Indexed by rows - 1.
   void (*multiply_block[kBlockRows])(const BlockProduct& product);
-  void (*multiply_pair[kPairRows])(const BlockProduct& product);  ///< of two panels
+  void (*multiply_pair[kPairRows])(const BlockProduct& product);   ///< of two panels
+  void (*multiply_half[kBlockRows])(const BlockProduct& product);  ///< lanes 0 to 15 of one panel
   /// Indexed by format; nullptr where it is better unpacked first.
   void (*unpack_and_multiply[kNumPanelFormats])(const UnpackProduct& product);
   /// out [steps, 32] = the panel's weights.

@@ -91,13 +91,13 @@ CLEAVE_INLINE void block_part(const BlockProduct& product, int first_row, int fi
   // Vectors 0, 1 are of the first panel, 2, 3 of the second.
   const float* w[kVectors];
   for (int v = 0; v < kVectors; ++v)
-    w[v] = product.panel + (first_vector + v) / 2 * product.steps * kPanelWidth +
-           (first_vector + v) % 2 * 16;
+    w[v] = product.panel[(first_vector + v) / 2] + (first_vector + v) % 2 * 16;
   const float* x[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) x[r] = product.x[first_row + r];
-  const char* prefetch =
-      product.prefetch != nullptr ? product.prefetch : reinterpret_cast<const char*>(product.panel);
+  const char* prefetch = product.prefetch != nullptr
+                             ? product.prefetch
+                             : reinterpret_cast<const char*>(product.panel[0]);
   const std::int64_t prefetch_stride = product.prefetch != nullptr ? 64 : 0;
   Floats sum[kRows][kVectors] = {};
   const auto step = [&](std::int64_t s) __attribute__((always_inline)) {
@@ -131,18 +131,27 @@ CLEAVE_INLINE void block_part(const BlockProduct& product, int first_row, int fi
     }
 }
 
-template <int kRows, int kPanels>
-void multiply_block(const BlockProduct& product) {
+template <int kRows, int kVectors>
+CLEAVE_INLINE void multiply_vectors(const BlockProduct& product) {
 #if defined(__AVX512F__)
-  block_part<kRows, 2 * kPanels>(product, 0, 0);
+  block_part<kRows, kVectors>(product, 0, 0);
 #else
   // Registers for one vector of 16 floats and six rows, with NEON five.
   constexpr int kPart = kRows > (kParts < 4 ? 6 : 5) ? 4 : kRows;
-  for (int v = 0; v < 2 * kPanels; ++v) {
+  for (int v = 0; v < kVectors; ++v) {
     block_part<kPart, 1>(product, 0, v);
     if constexpr (kRows > kPart) block_part<kRows - kPart, 1>(product, kPart, v);
   }
 #endif
+}
+
+template <int kRows, int kPanels>
+void multiply_block(const BlockProduct& product) {
+  multiply_vectors<kRows, 2 * kPanels>(product);
+}
+template <int kRows>
+void multiply_half(const BlockProduct& product) {
+  multiply_vectors<kRows, 1>(product);
 }
 
 #if defined(__AVX512F__)
