@@ -110,7 +110,8 @@ class BlockLoop {
         blocks_(format_, reinterpret_cast<std::byte*>(results_ + 2 * pass * kPanelWidth)),
         rounded_(reinterpret_cast<Value*>(results_ + 2 * pass * kPanelWidth +
                                           Blocks::kScratchBytes / sizeof(float))) {
-    const std::int64_t K = x.cols, blocks = (K + Blocks::kBlockSteps - 1) / Blocks::kBlockSteps;
+    const std::int64_t K = std::max<std::int64_t>(1, x.cols);
+    const std::int64_t blocks = (K + Blocks::kBlockSteps - 1) / Blocks::kBlockSteps;
     block_steps_ = std::min(Blocks::kBlockSteps, ((K + blocks - 1) / blocks + 31) / 32 * 32);
   }
 
@@ -123,6 +124,7 @@ class BlockLoop {
   void run(std::int64_t panel_begin, std::int64_t panel_end, std::int64_t row_begin,
            std::int64_t rows) const {
     const std::int64_t K = x_.cols;
+    if (K == 0) std::fill_n(results_, 2 * pass_ * kPanelWidth, 0.0f);
     if constexpr (kRounds)
       for (std::int64_t r = 0; r < rows; ++r)
         Blocks::set_row(x_.row(row_begin + r), K, rounded_ + r * stride(K));

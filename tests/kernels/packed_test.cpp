@@ -22,36 +22,54 @@ using namespace testing;
 constexpr WeightType kTypes[] = {WeightType::kF32, WeightType::kBF16, WeightType::kF16,
                                  WeightType::kInt8, WeightType::kInt4};
 
+/// linear() against its reference. Of `type`; with a bias, added to y or not.
+void expect_linear_is_right(std::mt19937& rng, std::int64_t T, std::int64_t K, std::int64_t N,
+                            WeightType type, bool with_bias, bool add, const ParallelFor& parallel,
+                            Workspace& workspace) {
+  SCOPED_TRACE(fmt::format("T={} K={} N={} {}", T, K, N, weight_type_name(type)));
+  const OwnedMatrix w = random_matrix(rng, N, K);
+  const OwnedMatrix x =
+      type == WeightType::kBF16 ? random_bf16_matrix(rng, T, K) : random_matrix(rng, T, K);
+  const OwnedMatrix bias = random_matrix(rng, 1, N);
+  const std::span<const float> b =
+      with_bias ? std::span<const float>(bias.values) : std::span<const float>();
+  const PackedLinear packed(w.view(), type);
+  OwnedMatrix seen{N, K, std::vector<float>(N * K)};
+  for (std::int64_t n = 0; n < N; ++n) packed.unpack_row(n, seen.values.data() + n * K);
+  const OwnedMatrix start = random_matrix(rng, T, N);
+  OwnedMatrix actual = start, expected = start, magnitude = start;
+  linear_reference(x.view(), seen.view(), b, expected.view(), magnitude.view());
+  for (std::size_t i = 0; add && i < expected.values.size(); ++i) {
+    expected.values[i] += start.values[i];
+    magnitude.values[i] += std::abs(start.values[i]);
+  }
+  linear(packed, x.view(), b, actual.view(), add, workspace, parallel);
+  expect_near(actual, expected, magnitude, sum_bound(K + 2));
+}
+
 TEST(PackedLinear, MatchesReferenceOnRandomShapes) {
   ThreadPool pool(3);
   Workspace workspace;
   for (unsigned seed = 0; seed < 200; ++seed) {
+    SCOPED_TRACE(fmt::format("seed={}", seed));
     std::mt19937 rng(seed);
     const std::int64_t T = pick(rng, 0, seed % 8 == 0 ? 130 : 30), K = pick(rng, 1, 130);
     const std::int64_t N = pick(rng, 1, 130);
-    const WeightType type = kTypes[seed % 5];
-    SCOPED_TRACE(fmt::format("seed={} T={} K={} N={} {}", seed, T, K, N, weight_type_name(type)));
-    const OwnedMatrix w = random_matrix(rng, N, K);
-    const OwnedMatrix x =
-        type == WeightType::kBF16 ? random_bf16_matrix(rng, T, K) : random_matrix(rng, T, K);
-    const OwnedMatrix bias = random_matrix(rng, 1, N);
-    const std::span<const float> b =
-        seed % 3 == 0 ? std::span<const float>(bias.values) : std::span<const float>();
-    const PackedLinear packed(w.view(), type);
-    OwnedMatrix seen{N, K, std::vector<float>(N * K)};
-    for (std::int64_t n = 0; n < N; ++n) packed.unpack_row(n, seen.values.data() + n * K);
-    const OwnedMatrix start = random_matrix(rng, T, N);
-    OwnedMatrix actual = start, expected = start, magnitude = start;
-    linear_reference(x.view(), seen.view(), b, expected.view(), magnitude.view());
-    const bool add = seed % 2 == 0;
-    for (std::size_t i = 0; add && i < expected.values.size(); ++i) {
-      expected.values[i] += start.values[i];
-      magnitude.values[i] += std::abs(start.values[i]);
-    }
-    linear(packed, x.view(), b, actual.view(), add, workspace,
-           seed % 4 == 0 ? ParallelFor() : pool.parallel_for());
-    expect_near(actual, expected, magnitude, sum_bound(K + 2));
+    expect_linear_is_right(rng, T, K, N, kTypes[seed % 5], seed % 3 == 0, seed % 2 == 0,
+                           seed % 4 == 0 ? ParallelFor() : pool.parallel_for(), workspace);
   }
+}
+
+// Blocks of many rows hold some 500 or 1000 steps; and weights may have none.
+TEST(PackedLinear, MatchesReferenceAroundTheEdgesOfBlocks) {
+  ThreadPool pool(2);
+  Workspace workspace;
+  std::mt19937 rng(1);
+  for (const WeightType type : kTypes)
+    for (const std::int64_t K : {0, 511, 512, 513, 1024, 1025, 2050})
+      for (const std::int64_t N : {16, 17, 72})
+        expect_linear_is_right(rng, /*T=*/21, K, N, type, /*with_bias=*/true, /*add=*/N == 17,
+                               pool.parallel_for(), workspace);
 }
 
 // What a type may lose: a bound on |packed - exact| per weight, from its definition.
