@@ -175,7 +175,7 @@ void run_convert(ConvertOptions options, const CLI::App& command) {
   const auto begin = std::chrono::steady_clock::now();
   const bool budget = options.active_share > 0.0;
   if (command.count("--calibration-tokens") == 0)
-    options.calibration_tokens = budget ? 32768 : 16384;
+    options.calibration_tokens = budget ? kBudgetCalibrationTokens : 16384;
   if (command.count("--context") == 0) options.context = budget ? 1024 : 512;
   check_combination(options, command);
   const WriteSpec write{.dtype = parse_dtype(options.dtype), .overwrite = options.overwrite};
@@ -282,8 +282,8 @@ void add_convert_command(CLI::App& app) {
   command
       ->add_option("--self-calibration", options->self_calibration,
                    "Tokens of text that MODEL writes itself, to calibrate on after --calibration. "
-                   "auto: 0; with --active-share and no --calibration as many as "
-                   "--calibration-tokens")
+                   "auto: 0; with --active-share a quarter of --calibration-tokens, and all of them "
+                   "where no --calibration is given")
       ->capture_default_str();
   command
       ->add_option("--context", options->context,

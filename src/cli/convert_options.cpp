@@ -165,10 +165,22 @@ Json settings_json(const ConvertOptions& options) {
   return settings;
 }
 
+namespace {
+
+/// A quarter as much as is read, in whole windows; without a text all of it
+/// (docs/decisions/0012-self-generated-text.md).
+std::int64_t default_self_calibration(const ConvertOptions& options) {
+  if (options.calibration.empty()) return options.calibration_tokens;
+  const std::int64_t read =
+      options.calibration_tokens > 0 ? options.calibration_tokens : kBudgetCalibrationTokens;
+  return read / 4 / options.context * options.context;
+}
+
+}  // namespace
+
 std::int64_t self_calibration_tokens(const ConvertOptions& options) {
-  const bool alone = options.active_share > 0.0 && options.calibration.empty();
   return parse_count("--self-calibration", options.self_calibration,
-                     alone ? options.calibration_tokens : 0);
+                     options.active_share > 0.0 ? default_self_calibration(options) : 0);
 }
 
 bool is_calibrated(const ConvertOptions& options) {
@@ -182,7 +194,9 @@ TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& op
   if (!options.calibration.empty()) text = text_of_files(source, options);
   const std::int64_t windows = self_calibration_tokens(options) / options.context;
   if (windows == 0) return text;
-  Model model = Model::load(source, {.threads = options.common.threads});
+  // Half the memory to read for each token, and text is drawn from what rounding hardly moves.
+  Model model =
+      Model::load(source, {.threads = options.common.threads, .weights = WeightType::kBF16});
   const TokenWindows own = self_generated_text(
       model, {.windows = windows, .context = options.context, .seed = options.common.seed},
       [&](std::int64_t done, std::int64_t all) {

@@ -7,6 +7,9 @@
 
 namespace cleave::cli {
 
+/// --calibration-tokens of a conversion to a budget, unless they are given.
+inline constexpr std::int64_t kBudgetCalibrationTokens = 32768;
+
 struct ConvertOptions {
   CommonOptions common;
   std::string model, out;
