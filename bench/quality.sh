@@ -8,8 +8,8 @@
 # models and a report per budget and seed (default: seed 0). Environment:
 # CLEAVE (the program, default build/bin/cleave), MODEL, CALIBRATION (a text; default: two fifths of wikitext),
 # CALIBRATION_TOKENS (32768), CONTEXT (1024), EVAL_TOKENS (6144 of each text), RHOS ("0.75 0.5 0.25"),
-# BASELINES (all; of the first seed), SEED_BASELINES (none; of the other seeds), SELF_TOKENS (16384: text that the model
-# writes itself, in the self-calibrated rows), TUNE_STEPS (0: no tuning; the published rows have 450, and take an hour each).
+# BASELINES (all; of the first seed), SEED_BASELINES (none; of the other seeds), TUNE_STEPS (0: no tuning; the published rows have
+# 450, and take an hour each).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 2 ] || { sed -n '2,/^set/s/^# \{0,1\}//p' "$0" | grep -v '^set' >&2; exit 2; }
@@ -31,9 +31,9 @@ tail -n $(($(lines "$peace") / 20)) "$peace" > "$out/war-and-peace.heldout.txt"
 cp "$texts/tinystories.heldout.txt" "$out/stories.heldout.txt"
 # To tune on: the rest of wikitext; or equal parts of it and of what goes before the other two.
 tail -n $(($(lines "$wiki") * 3 / 5)) "$wiki" | awk 'int(NR / 40) % 8 != 4' > "$out/wikitext.rest.txt"
-head -c 212000 "$out/wikitext.rest.txt" > "$out/wikitext.part.txt"
-head -c 212000 "$texts/tinystories.calib.txt" > "$out/stories.part.txt"
-head -c 212000 "$peace" > "$out/war-and-peace.part.txt"
+head -c 400000 "$out/wikitext.rest.txt" > "$out/wikitext.part.txt"
+head -c 400000 "$texts/tinystories.calib.txt" > "$out/stories.part.txt"
+head -c 400000 "$peace" > "$out/war-and-peace.part.txt"
 calibration=${CALIBRATION:-$out/wikitext.calibration.txt}
 held_out=("$out"/wikitext.heldout.txt "$out"/stories.heldout.txt "$out"/war-and-peace.heldout.txt)
 
@@ -66,17 +66,17 @@ for seed in "${seeds[@]}"; do
 done
 
 # What routing, refit and shared experts each are worth, at the first seed: routing off at the same budget and with the
-# same refit; no refit; experts alone (stock Mixtral). And text that the model writes itself: beside the calibration
-# text, and in its place.
+# same refit; no refit; experts alone (stock Mixtral). And without the text that the model writes itself, and with
+# nothing else.
 hidden=$("$cleave" inspect "$model" --json | python3 -c 'import json, sys; print(json.load(sys.stdin)["intermediate_size"])')
 for rho in ${RHOS:-0.75 0.5 0.25}; do
   units=$(python3 -c "print(round($hidden / 16 * $rho))") # experts of 16 neurons
   convert "static-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared "$units"
   convert "unrepaired-$rho" --active-share "$rho" --seed "${seeds[0]}" --refit off
   convert "mixtral-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared 0
-  convert "self-$rho" --active-share "$rho" --seed "${seeds[0]}" --self-calibration "${SELF_TOKENS:-16384}"
+  convert "read-$rho" --active-share "$rho" --seed "${seeds[0]}" --self-calibration 0
   convert_without_text "textless-$rho" --active-share "$rho" --seed "${seeds[0]}"
-  for variant in static unrepaired mixtral self textless; do against_dense "$variant-$rho"; done
+  for variant in static unrepaired mixtral read textless; do against_dense "$variant-$rho"; done
 done
 
 # Light tuning of the conversion at half of the FFN, layer by layer.
@@ -90,5 +90,5 @@ tune() { # name, steps, texts
 if [ "${TUNE_STEPS:-0}" -gt 0 ]; then
   convert "moe-0.5-seed${seeds[0]}" --active-share 0.5 --seed "${seeds[0]}"
   tune tuned-wikitext "$TUNE_STEPS" "$out/wikitext.calibration.txt" "$out/wikitext.rest.txt"
-  tune tuned-mixture $((TUNE_STEPS * 2 / 3)) "$out"/{wikitext,stories,war-and-peace}.part.txt
+  tune tuned-mixture "$TUNE_STEPS" "$out"/{wikitext,stories,war-and-peace}.part.txt
 fi
