@@ -26,7 +26,7 @@ CLEAVE_INLINE Words splat_pair(const std::uint16_t* x) {
   return Words{} + pair;
 }
 
-/// kPairs: of steps in a piece, where that is known; or 0. Loops that short cost a tenth less so.
+/// kPairs: of steps in a piece, where that is known; or 0. Loops that short gain a twentieth by it.
 template <int kRows, int kPanels, int kPairs>
 CLEAVE_INLINE void multiply_pieces(const DotProduct& product) {
   constexpr int kVectors = 2 * kPanels;
