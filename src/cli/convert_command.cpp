@@ -280,10 +280,11 @@ void add_convert_command(CLI::App& app) {
                    "Use at most N tokens of it; 0: all. Default 16384, with --active-share 32768")
       ->check(CLI::NonNegativeNumber);
   command
-      ->add_option("--self-calibration", options->self_calibration,
-                   "Tokens of text that MODEL writes itself, to calibrate on after --calibration. "
-                   "auto: 0; with --active-share a quarter of --calibration-tokens, and all of them "
-                   "where no --calibration is given")
+      ->add_option(
+          "--self-calibration", options->self_calibration,
+          "Tokens of text that MODEL writes itself, to calibrate on after --calibration. "
+          "auto: 0; with --active-share a quarter of --calibration-tokens, and all of them "
+          "where no --calibration is given")
       ->capture_default_str();
   command
       ->add_option("--context", options->context,
