@@ -84,6 +84,15 @@ TokenWindows text_of_files(const Checkpoint& source, const ConvertOptions& optio
   return all;
 }
 
+/// A quarter as much as is read, in whole windows; without a text all of it
+/// (docs/decisions/0012-self-generated-text.md).
+std::int64_t default_self_calibration(const ConvertOptions& options) {
+  if (options.calibration.empty()) return options.calibration_tokens;
+  const std::int64_t read =
+      options.calibration_tokens > 0 ? options.calibration_tokens : kBudgetCalibrationTokens;
+  return read / 4 / options.context * options.context;
+}
+
 }  // namespace
 
 ConvertSpec make_spec(const ConvertOptions& options) {
@@ -164,19 +173,6 @@ Json settings_json(const ConvertOptions& options) {
                    {"seed", options.common.seed}});
   return settings;
 }
-
-namespace {
-
-/// A quarter as much as is read, in whole windows; without a text all of it
-/// (docs/decisions/0012-self-generated-text.md).
-std::int64_t default_self_calibration(const ConvertOptions& options) {
-  if (options.calibration.empty()) return options.calibration_tokens;
-  const std::int64_t read =
-      options.calibration_tokens > 0 ? options.calibration_tokens : kBudgetCalibrationTokens;
-  return read / 4 / options.context * options.context;
-}
-
-}  // namespace
 
 std::int64_t self_calibration_tokens(const ConvertOptions& options) {
   return parse_count("--self-calibration", options.self_calibration,

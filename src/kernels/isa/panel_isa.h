@@ -17,15 +17,15 @@ enum class PanelFormat { kF32, kBF16, kF16, kInt8, kInt4 };
 inline constexpr int kNumPanelFormats = 5;
 
 /// Rows of x that one call of multiply() takes, by index into PanelKernels: more rows share each
-/// weight that is read. More rows than these are tiles.
+/// weight that is read. More rows than these go in blocks (BlockProduct).
 inline constexpr int kPanelRows[] = {1, 2, 4, 8};
 inline constexpr int kNumPanelRows = 4;
 inline constexpr int kMaxPanelRows = 8;
 
-/// Many rows go in tiles of 12, against float32 weights, 128 steps at a time: 16 kB of weights and
-/// 7 kB of x stay in a first-level cache. Rows of a tile lie kTileStride floats apart: a constant,
-/// so that 12 rows need one address register; and no power of two, so that they do not fall into
-/// the same cache set.
+/// Attention takes many rows in tiles of 12, against float32 keys and values, 128 steps at a time:
+/// 16 kB of weights and 7 kB of x stay in a first-level cache. Rows of a tile lie kTileStride
+/// floats apart: a constant, so that 12 rows need one address register; and no power of two, so
+/// that they do not fall into the same cache set.
 inline constexpr int kTileRows = 12;
 inline constexpr std::int64_t kTileSteps = 128;
 inline constexpr std::int64_t kTileStride = kTileSteps + 16;
