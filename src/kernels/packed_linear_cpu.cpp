@@ -14,6 +14,8 @@ namespace {
 // Rows of x of one pass: they should stay in a second-level cache while all panels go by.
 constexpr std::int64_t kRowBytes = 768 << 10;
 constexpr std::int64_t kMinPassRows = 48;
+// Passes, and parts where rows are shared, are cut at multiples of so many rows: whole products.
+constexpr std::int64_t kRowUnit = 12;
 // Below so many multiply-adds a part is not worth waking a thread (a few microseconds).
 constexpr std::int64_t kPartMacs = 64 * 1024;
 
@@ -190,10 +192,10 @@ void run_shares(const PackedLinear& weight, MatrixView<const float> x, const Out
   const std::int64_t panels = (weight.rows() + kPanelWidth - 1) / kPanelWidth;
   const std::int64_t parts = std::max(1, parallel.threads);
   const std::int64_t in_cache = kRowBytes / (4 * std::max<std::int64_t>(1, K));
-  const std::int64_t pass = std::min(T, std::max(kMinPassRows, in_cache / kTileRows * kTileRows));
-  const bool cut_rows = panels < 4 * parts && T >= kTileRows * parts;
-  const std::int64_t n = cut_rows ? TiledRows::num_tiles(T) : panels;
-  const std::int64_t macs = kPanelWidth * K * (cut_rows ? kTileRows * panels : T);
+  const std::int64_t pass = std::min(T, std::max(kMinPassRows, in_cache / kRowUnit * kRowUnit));
+  const bool cut_rows = panels < 4 * parts && T >= kRowUnit * parts;
+  const std::int64_t n = cut_rows ? (T + kRowUnit - 1) / kRowUnit : panels;
+  const std::int64_t macs = kPanelWidth * K * (cut_rows ? kRowUnit * panels : T);
   const std::int64_t wanted = std::clamp<std::int64_t>(n * macs / kPartMacs, 1, std::min(parts, n));
   const std::int64_t room = (Loop::scratch_size(pass, K) + 15) / 16 * 16;
   auto* memory = reinterpret_cast<float*>(
@@ -202,8 +204,8 @@ void run_shares(const PackedLinear& weight, MatrixView<const float> x, const Out
     for (std::int64_t part = part_begin; part < part_end; ++part) {
       const Loop loop(weight, x, output, pass, memory + room * part);
       const std::int64_t begin = n * part / wanted, end = n * (part + 1) / wanted;
-      const std::int64_t first = cut_rows ? begin * kTileRows : 0;
-      const std::int64_t last = cut_rows ? std::min(T, end * kTileRows) : T;
+      const std::int64_t first = cut_rows ? begin * kRowUnit : 0;
+      const std::int64_t last = cut_rows ? std::min(T, end * kRowUnit) : T;
       for (std::int64_t row = first; row < last; row += pass)
         loop.run(cut_rows ? 0 : begin, cut_rows ? panels : end, row, std::min(pass, last - row));
     }
