@@ -121,7 +121,7 @@ void put_layer(const LayerWeights& w, const std::string& prefix, const Put& put)
   floats("output_bias", w.output_bias);
   floats("post_norm", w.post_norm);
   const auto panels = [&](const char* name, const PackedExperts& packed) {
-    put(prefix + name, std::span(packed.panel(0), static_cast<std::size_t>(packed.bytes())));
+    put(prefix + name, std::span(packed.expert(0), static_cast<std::size_t>(packed.bytes())));
   };
   const auto* moe = std::get_if<PackedMoe>(&w.ffn);
   const PackedExperts& experts = moe != nullptr ? moe->experts : std::get<PackedExperts>(w.ffn);

@@ -25,20 +25,24 @@ struct Source {
   }
 };
 
-/// One expert panel: neurons [begin, begin + count) of an expert.
+/// Writes expert panels.
 class PanelWriter {
  public:
   PanelWriter(WeightType type, bool gated, std::int64_t d_model)
       : layout_(type, gated, d_model), d_model_(d_model) {}
 
-  void write(const Source& source, std::int64_t begin, std::int64_t count, std::byte* panel) {
-    write_gate_up(source, begin, count, panel);
-    write_down(source, begin, count, panel);
+  /// Panel `index` of the `panels` of an expert: `count` neurons, the first of which is `begin`.
+  void write(const Source& source, std::int64_t begin, std::int64_t count, std::int64_t panels,
+             std::int64_t index, std::byte* expert) {
+    write_gate_up(source, begin, count, expert + layout_.scales_at(index),
+                  expert + layout_.gate_up_at(panels, index));
+    write_down(source, begin, count, expert + layout_.down_scales_at(index),
+               expert + layout_.down_at(panels, index, 0), layout_.down_stride(panels));
   }
 
  private:
   void write_gate_up(const Source& source, std::int64_t begin, std::int64_t count,
-                     std::byte* panel) {
+                     std::byte* scales_to, std::byte* panel) {
     weights_.assign(static_cast<std::size_t>(d_model_ * kPanelWidth), 0.0f);
     if (!source.gate.empty()) {
       rows_to_lanes(source.gate, begin, count, 0, weights_);
@@ -48,11 +52,12 @@ class PanelWriter {
     }
     float scales[kMaxScales] = {};
     widen_scales(layout_.format, weights_, scales);
-    std::memcpy(panel, scales, layout_.scale_bytes);
-    encode_panel(layout_.format, weights_, scales, panel + layout_.gate_up_offset());
+    std::memcpy(scales_to, scales, layout_.scale_bytes);
+    encode_panel(layout_.format, weights_, scales, panel);
   }
 
-  void write_down(const Source& source, std::int64_t begin, std::int64_t count, std::byte* panel) {
+  void write_down(const Source& source, std::int64_t begin, std::int64_t count,
+                  std::byte* scales_to, std::byte* panel, std::int64_t stride) {
     const bool step_scales = layout_.format == PanelFormat::kInt8;
     float scales[kMaxScales] = {};
     for (std::int64_t j = 0; j < count && step_scales; ++j)
@@ -62,11 +67,11 @@ class PanelWriter {
       read_down(source, begin, count, d, nullptr);
       widen_scales(layout_.format, weights_, scales);
     }
-    std::memcpy(panel + layout_.scale_bytes, scales, layout_.scale_bytes);
+    std::memcpy(scales_to, scales, layout_.scale_bytes);
     for (std::int64_t d = 0; d < layout_.down_panels; ++d) {
       read_down(source, begin, count, d, step_scales ? scales : nullptr);
       encode_panel(layout_.format, weights_, step_scales ? kUnitScales : scales,
-                   panel + layout_.down_offset() + d * layout_.down_panel_bytes);
+                   panel + d * stride);
     }
   }
 
@@ -84,7 +89,7 @@ class PanelWriter {
       }
   }
 
-  ExpertPanelLayout layout_;
+  ExpertLayout layout_;
   std::int64_t d_model_;
   std::vector<float> weights_;
 };
@@ -99,7 +104,7 @@ struct PackTarget {
 
 std::shared_ptr<std::byte[]> pack_panels(const PackTarget& t, const std::vector<Source>& sources,
                                          const ParallelFor& parallel) {
-  const ExpertPanelLayout layout(t.type, t.gated, t.d_model);
+  const ExpertLayout layout(t.type, t.gated, t.d_model);
   auto data = allocate_weights(t.panel_begin.back() * layout.bytes());
   parallel(t.panel_begin.back(), 1, [&](std::int64_t begin, std::int64_t end) {
     PanelWriter writer(t.type, t.gated, t.d_model);
@@ -107,10 +112,13 @@ std::shared_ptr<std::byte[]> pack_panels(const PackTarget& t, const std::vector<
              t.panel_begin.begin() - 1;
     for (std::int64_t p = begin; p < end; ++p) {
       while (t.panel_begin[e + 1] <= p) ++e;
-      const std::int64_t first = (p - t.panel_begin[e]) * layout.neurons;
-      std::byte* panel = data.get() + p * layout.bytes();
-      writer.write(sources[e], first, std::min(layout.neurons, t.widths[e] - first), panel);
-      std::fill(panel + layout.used_bytes(), panel + layout.bytes(), std::byte{0});
+      const std::int64_t index = p - t.panel_begin[e];
+      const std::int64_t panels = t.panel_begin[e + 1] - t.panel_begin[e];
+      const std::int64_t first = index * layout.neurons;
+      std::byte* expert = data.get() + t.panel_begin[e] * layout.bytes();
+      writer.write(sources[e], first, std::min(layout.neurons, t.widths[e] - first), panels, index,
+                   expert);
+      std::fill_n(expert + layout.gap_at(panels, index), layout.gap_bytes(), std::byte{0});
     }
   });
   return data;
@@ -159,7 +167,7 @@ PackedExperts::PackedExperts(const ExpertBank& bank, WeightType type, const Para
     sources.push_back({view.gate, view.up, view.down_t, true, view.gate_bias, view.up_bias});
   }
   panel_begin_ = panel_begins(widths_, panel_neurons());
-  panel_bytes_ = ExpertPanelLayout(type, gated_, d_model_).bytes();
+  panel_bytes_ = ExpertLayout(type, gated_, d_model_).bytes();
   const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
   data_ = pack_panels(target, sources, parallel);
   lane_bias_ = lane_biases(target, sources);
@@ -178,7 +186,7 @@ PackedExperts::PackedExperts(const FfnView& ffn, WeightType type, const Parallel
   const std::vector<Source> sources{
       {ffn.gate, ffn.up, ffn.down, false, ffn.gate_bias, ffn.up_bias}};
   panel_begin_ = panel_begins(widths_, panel_neurons());
-  panel_bytes_ = ExpertPanelLayout(type, gated_, d_model_).bytes();
+  panel_bytes_ = ExpertLayout(type, gated_, d_model_).bytes();
   const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
   data_ = pack_panels(target, sources, parallel);
   lane_bias_ = lane_biases(target, sources);
@@ -214,7 +222,7 @@ PackedExperts::PackedExperts(const StackedExperts& stack, WeightType type,
   }
   widths_.assign(E, I);
   panel_begin_ = panel_begins(widths_, panel_neurons());
-  panel_bytes_ = ExpertPanelLayout(type, gated_, d_model_).bytes();
+  panel_bytes_ = ExpertLayout(type, gated_, d_model_).bytes();
   const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
   data_ = pack_panels(target, sources, parallel);
   lane_bias_ = lane_biases(target, sources);
@@ -222,7 +230,7 @@ PackedExperts::PackedExperts(const StackedExperts& stack, WeightType type,
 
 PackedExperts::PackedExperts(PackedExpertsParts parts)
     : d_model_(parts.d_model),
-      panel_bytes_(ExpertPanelLayout(parts.type, parts.gated, parts.d_model).bytes()),
+      panel_bytes_(ExpertLayout(parts.type, parts.gated, parts.d_model).bytes()),
       gated_(parts.gated),
       activation_(parts.activation),
       type_(parts.type),
@@ -233,7 +241,7 @@ PackedExperts::PackedExperts(PackedExpertsParts parts)
       data_(std::move(parts.panels)) {}
 
 ExpertBank PackedExperts::unpack() const {
-  const ExpertPanelLayout layout(type_, gated_, d_model_);
+  const ExpertLayout layout(type_, gated_, d_model_);
   const PanelKernels& kernels = panel_kernels();
   ExpertBank bank;
   bank.d_model = d_model_;
@@ -256,14 +264,17 @@ ExpertBank PackedExperts::unpack() const {
   for (std::int64_t e = 0; e < num_experts(); ++e)
     for (std::int64_t first = 0; first < widths_[e]; first += layout.neurons) {
       const std::int64_t p = panel_begin_[e] + first / layout.neurons;
+      const std::int64_t panels = panel_begin_[e + 1] - panel_begin_[e];
+      const std::int64_t index = p - panel_begin_[e];
+      const std::byte* expert = this->expert(e);
       const std::int64_t count = std::min(layout.neurons, widths_[e] - first);
       const std::int64_t row = bank.begin[e] + first;
       const std::int64_t up_lane = gated_ ? kPanelWidth / 2 : 0;
-      const auto* scales = reinterpret_cast<const float*>(panel(p));
+      const auto* scales = reinterpret_cast<const float*>(expert + layout.scales_at(index));
       const float* down_scales = scales + layout.scale_bytes / 4;
       const bool step_scales = layout.format == PanelFormat::kInt8;
       const auto unpack_panel = kernels.unpack[static_cast<int>(layout.format)];
-      unpack_panel(panel(p) + layout.gate_up_offset(), D, scales, w.data());
+      unpack_panel(expert + layout.gate_up_at(panels, index), D, scales, w.data());
       for (std::int64_t j = 0; j < count; ++j)
         for (std::int64_t s = 0; s < D; ++s) {
           if (gated_) bank.gate[(row + j) * D + s] = w[s * kPanelWidth + j];
@@ -274,7 +285,7 @@ ExpertBank PackedExperts::unpack() const {
         bank.up_bias[row + j] = lane_bias_[p * kPanelWidth + up_lane + j];
       }
       for (std::int64_t d = 0; d < layout.down_panels; ++d) {
-        unpack_panel(panel(p) + layout.down_offset() + d * layout.down_panel_bytes, layout.neurons,
+        unpack_panel(expert + layout.down_at(panels, index, d), layout.neurons,
                      step_scales ? kUnitScales : down_scales, w.data());
         for (std::int64_t j = 0; j < count; ++j)
           for (std::int64_t o = d * kPanelWidth; o < std::min(D, (d + 1) * kPanelWidth); ++o)

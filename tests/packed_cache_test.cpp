@@ -271,17 +271,17 @@ TEST(PackedCache, TheVersionNamesTheseBytes) {
   for (const WeightType type : kAllTypes) {
     const PackedExperts experts(ffn.view(), type);
     const PackedLinear matrix({ffn.up.data(), 40, 70}, type);
-    hashes.push_back(hash64({experts.panel(0), static_cast<std::size_t>(experts.bytes())}));
+    hashes.push_back(hash64({experts.expert(0), static_cast<std::size_t>(experts.bytes())}));
     hashes.push_back(hash64({matrix.data(), static_cast<std::size_t>(matrix.bytes())}));
   }
   // Panels that would lie a power of two apart are followed by a gap.
-  EXPECT_EQ(ExpertPanelLayout(WeightType::kBF16, true, 2048).bytes(), 198656);
-  EXPECT_EQ(ExpertPanelLayout(WeightType::kBF16, true, 576).bytes(), 55296);
-  EXPECT_EQ(kPackedCacheVersion, 3);
+  EXPECT_EQ(ExpertLayout(WeightType::kBF16, true, 2048).bytes(), 198656);
+  EXPECT_EQ(ExpertLayout(WeightType::kBF16, true, 576).bytes(), 55296);
+  EXPECT_EQ(kPackedCacheVersion, 4);
   const std::vector<std::uint64_t> expected = {
-      2917449409413448479u, 3129911873024360173u, 2123529882602027554u,  9146397794057263907u,
-      9057345944686700676u, 8014583004373438550u, 10283110816686519552u, 8116668216320295476u,
-      3268719279099418729u, 12831769441255490486u};
+      5782653931727376200u,  3129911873024360173u, 16290272059884264363u, 9146397794057263907u,
+      15266565610653862966u, 8014583004373438550u, 1675623153806550888u,  8116668216320295476u,
+      3268719279099418729u,  12831769441255490486u};
   EXPECT_EQ(hashes, expected);
 }
 

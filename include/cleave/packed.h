@@ -114,8 +114,7 @@ struct PackedExpertsParts {
 };
 
 /// The experts of one layer, or a dense FFN (as one expert), packed: an expert is a row of panels
-/// of 16 neurons (32 without a gate), and a panel holds all that its neurons need, so that a thread
-/// reads one stream. Copies share the weights.
+/// of 16 neurons (32 without a gate), in one stretch of memory. Copies share the weights.
 class PackedExperts {
  public:
   PackedExperts() = default;
@@ -146,7 +145,10 @@ class PackedExperts {
   std::int64_t panel_neurons() const { return gated_ ? 16 : 32; }
   std::int64_t panel_bytes() const { return panel_bytes_; }
   std::int64_t panel_begin(std::int64_t e) const { return panel_begin_[e]; }
-  const std::byte* panel(std::int64_t p) const { return data_.get() + p * panel_bytes_; }
+  /// Where expert e begins.
+  const std::byte* expert(std::int64_t e) const {
+    return data_.get() + panel_begin_[e] * panel_bytes_;
+  }
   /// [32] per panel, in its lanes' order, or empty.
   std::span<const float> lane_bias() const { return lane_bias_; }
 

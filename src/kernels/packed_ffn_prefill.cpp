@@ -4,10 +4,10 @@
 //           of all (token, expert) pairs of the pass go into shared memory
 //   down    a task is a few of y's panels of columns, for all tokens and experts
 // So a weight is unpacked once per pass, and y needs no sums beside it. Within a part, weights go
-// in blocks of two panels and 500 or 1000 steps (prefill_blocks.h), which stay in a second-level
-// cache while all rows go by (a first-level cache would hold 64 steps, but every product begins and
-// ends with some 150 cycles that are not multiplications). The next block of weights is fetched
-// from memory under the arithmetic of this one.
+// in blocks of a panel or two and 500 or 2000 steps (prefill_blocks.h), which stay in a
+// second-level cache while all rows go by (a first-level cache would hold 64 steps, but every
+// product begins and ends with some 150 cycles that are not multiplications). The next block of
+// weights is fetched from memory under the arithmetic of this one.
 
 #include <algorithm>
 
@@ -21,18 +21,20 @@
 namespace cleave {
 namespace {
 
-constexpr std::int64_t kPanelGroup = 4;  // panels that share rows in a second-level cache
-constexpr std::int64_t kRowGroup = 512;  // those rows, at most
-constexpr std::int64_t kRowsAhead = 12;  // of y, fetched before they are added to
-constexpr std::int64_t kDownGroup = 5;   // panels of y that are summed together, at most
-constexpr std::int64_t kAccStride = kDownGroup * kPanelWidth;
+constexpr std::int64_t kPanelGroup = 4;    // panels that share rows in a second-level cache
+constexpr std::int64_t kRowGroup = 512;    // those rows, at most
+constexpr std::int64_t kDownGroup = 5;     // panels of y that are summed together, at most
+constexpr std::int64_t kJoinedPanels = 8;  // of experts that may share a run
 
-/// Tokens of one pass, which bounds the memory. Of experts a panel or two wide the sums of y are
-/// read and written most, and should stay in a second-level cache.
-std::int64_t pass_tokens(const PackedExperts& experts) {
+/// Experts of a panel or two, on average.
+bool is_narrow(const PackedExperts& experts) {
   const std::int64_t E = experts.num_experts();
-  return experts.panel_begin(E) <= 2 * E ? 512 : 1024;
+  return experts.panel_begin(E) <= 2 * E;
 }
+
+/// Tokens of one pass, which bounds the memory. Of narrow experts the sums of y are read and
+/// written most, and should stay in a second-level cache.
+std::int64_t pass_tokens(const PackedExperts& experts) { return is_narrow(experts) ? 512 : 1024; }
 
 /// Values to a cache line.
 template <typename Value>
@@ -45,11 +47,13 @@ std::int64_t skewed_stride(std::int64_t values) {
   return (lines | 1) * kLineValues<Value>;
 }
 
-/// Experts that follow each other and have the same tokens (one expert, or those that all tokens
-/// share): their panels and the columns of their hidden values go on from one to the next.
+/// Experts that follow each other, as wide as one another, and have the same tokens (one expert, or
+/// those that all tokens share): their panels and the columns of their hidden values go on from one
+/// to the next.
 struct Run {
   std::int64_t expert, expert_end;
   std::int64_t panel, panel_end;
+  std::int64_t each;  // panels of one expert
   std::int64_t rows;
   std::int64_t pair;    // where the first expert's pairs begin
   std::int64_t stride;  // of a row of hidden values
@@ -72,10 +76,10 @@ struct Shared {
 };
 
 /// What one part alone writes.
-struct Scratch {
+struct PrefillScratch {
   std::byte* blocks;  // what the way to multiply needs
   float* products;    // [kPanelGroup, kRowGroup, 32]
-  float* sums;        // [tokens, kAccStride] of y
+  float* sums;        // [tokens, a group of y's panels]
 };
 
 /// Most room that the hidden values of a pass can take.
@@ -89,10 +93,14 @@ std::int64_t hidden_size(const PackedExperts& experts, std::int64_t tokens, std:
   return tokens * (k * skewed_stride<Value>(widest) + k / 2 * kLineValues<Value>);
 }
 
-/// Groups of y's panels, as many for each part: of 4, or else of up to 5.
-std::int64_t num_down_groups(std::int64_t panels, std::int64_t parts) {
-  if (panels % (parts * kPanelGroup) == 0) return panels / kPanelGroup;
-  return parts * ((panels + parts * kDownGroup - 1) / (parts * kDownGroup));
+/// Groups of y's panels, as many for each part. Narrow experts' products are short and want several
+/// panels at a time: 4, or else up to 5. Of wide ones two are as good, and leave no part waiting.
+std::int64_t num_down_groups(const PackedExperts& experts, std::int64_t parts) {
+  const std::int64_t panels = num_blocks(experts.d_model());
+  const bool narrow = is_narrow(experts);
+  if (narrow && panels % (parts * kPanelGroup) == 0) return panels / kPanelGroup;
+  const std::int64_t each = parts * (narrow ? kDownGroup : 2);
+  return parts * ((panels + each - 1) / each);
 }
 
 template <typename Value>
@@ -109,16 +117,16 @@ Shared<Value> carve_shared(Carver& from, const PackedExperts& experts, std::int6
   s.counts = from.take<std::int32_t>(parts * E);
   s.hidden_tasks = from.take<StealingRanges::Range>(parts);
   s.down_tasks = from.take<StealingRanges::Range>(parts);
-  s.down_groups = num_down_groups(num_blocks(experts.d_model()), parts);
+  s.down_groups = num_down_groups(experts, parts);
   return s;
 }
 
 template <typename Blocks>
-Scratch carve_scratch(Carver& from, std::int64_t tokens) {
-  Scratch s;
+PrefillScratch carve_scratch(Carver& from, std::int64_t tokens) {
+  PrefillScratch s;
   s.blocks = from.take<std::byte>(Blocks::kScratchBytes);
   s.products = from.take<float>(kPanelGroup * kRowGroup * kPanelWidth);
-  s.sums = from.take<float>(tokens * kAccStride);
+  s.sums = from.take<float>(tokens * kDownGroup * kPanelWidth);
   return s;
 }
 
@@ -152,10 +160,13 @@ void find_runs(const FfnCall& call, std::int64_t count, Shared<Value>& s) {
   for (std::int64_t e = 0; e < E; ++e) {
     const std::int64_t m = s.groups.rows(e);
     if (m == 0 || call.experts.width(e) == 0) continue;
-    if (n > 0 && m == count && s.runs[n - 1].rows == count && s.runs[n - 1].expert_end == e) {
+    const std::int64_t first = call.experts.panel_begin(e);
+    const std::int64_t each = call.experts.panel_begin(e + 1) - first;
+    if (n > 0 && m == count && s.runs[n - 1].rows == count && s.runs[n - 1].expert_end == e &&
+        s.runs[n - 1].each == each && each <= kJoinedPanels) {
       s.runs[n - 1].expert_end = e + 1;
     } else {
-      s.runs[n++] = {e, e + 1, call.experts.panel_begin(e), 0, m, s.groups.begin[e], 0, 0, 0};
+      s.runs[n++] = {e, e + 1, first, 0, each, m, s.groups.begin[e], 0, 0, 0};
     }
     s.runs[n - 1].panel_end = call.experts.panel_begin(e + 1);
   }
@@ -173,7 +184,7 @@ class PrefillPart {
  public:
   using Value = typename Blocks::Value;
   /// Rows of x are `x_stride` apart.
-  PrefillPart(const FfnCall& call, const Shared<Value>& shared, const Scratch& scratch,
+  PrefillPart(const FfnCall& call, const Shared<Value>& shared, const PrefillScratch& scratch,
               std::int64_t x_stride, MatrixView<float> y)
       : call_(call),
         shared_(shared),
@@ -194,11 +205,12 @@ class PrefillPart {
     const std::int64_t p = run.panel + (task - run.task) * kPanelGroup;
     const std::int64_t end = std::min(run.panel_end, p + kPanelGroup);
     // Probably this part's next task.
-    const bool last = end == run.panel_end;
-    const std::int64_t after = last ? shared_.runs[(i + 1) % *shared_.num_runs].panel : end;
+    const Run& next = shared_.runs[(i + 1) % *shared_.num_runs];
+    const Place after = end == run.panel_end ? place(next, next.panel) : place(run, end);
     for (std::int64_t r = 0; r < run.rows; r += kRowGroup) {
       const bool more_rows = r + kRowGroup < run.rows;
-      hidden_group(run, p, end, more_rows ? p : after, r, std::min(kRowGroup, run.rows - r));
+      hidden_group(run, p, end, more_rows ? place(run, p) : after, r,
+                   std::min(kRowGroup, run.rows - r));
     }
   }
 
@@ -207,33 +219,46 @@ class PrefillPart {
     const std::int64_t panels = num_blocks(y_.cols), groups = shared_.down_groups;
     const std::int64_t d = panels * task / groups, n = panels * (task + 1) / groups - d;
     if (n == 0) return;
-    std::fill_n(s_.sums, y_.rows * kAccStride, 0.0f);
+    const std::int64_t stride = n * kPanelWidth;
+    std::fill_n(s_.sums, y_.rows * stride, 0.0f);
+    const std::int64_t column = d * kPanelWidth;
+    const std::int64_t columns = std::min(n * kPanelWidth, y_.cols - column);
     const std::int64_t runs = *shared_.num_runs;
     for (std::int64_t i = 0; i < runs; ++i) {
+      // Each run's products fetch a share of y.
+      for (std::int64_t t = y_.rows * i / runs; t < y_.rows * (i + 1) / runs; ++t)
+        for (std::int64_t c = 0; c < columns; c += kLineValues<float>)
+          __builtin_prefetch(y_.row(t) + column + c, 1, 2);
       const bool last = i + 1 == runs;
       down_run(shared_.runs[i], d, n, shared_.runs[last ? 0 : i + 1],
                last ? std::min(d + n, panels - 1) : d);
     }
-    const std::int64_t column = d * kPanelWidth;
-    const std::int64_t columns = std::min(n * kPanelWidth, y_.cols - column);
-    for (std::int64_t t = 0; t < y_.rows; ++t) {
-      if (t + kRowsAhead < y_.rows)
-        for (std::int64_t c = 0; c < columns; c += kLineValues<float>)
-          __builtin_prefetch(y_.row(t + kRowsAhead) + column + c, 1, 3);
-      isa_kernels().add(s_.sums + t * kAccStride, y_.row(t) + column, columns);
-    }
+    for (std::int64_t t = 0; t < y_.rows; ++t)
+      isa_kernels().add(s_.sums + t * stride, y_.row(t) + column, columns);
   }
 
  private:
-  const float* scales(std::int64_t panel) const {
-    return reinterpret_cast<const float*>(call_.experts.panel(panel));
+  /// An expert panel of a run.
+  struct Place {
+    const std::byte* expert;
+    std::int64_t panels, index;  // of the expert
+  };
+  Place place(const Run& run, std::int64_t panel) const {
+    const std::int64_t at = panel - run.panel;
+    return {call_.experts.expert(run.expert + at / run.each), run.each, at % run.each};
   }
-  const std::byte* gate_up(std::int64_t panel, std::int64_t block) const {
-    return call_.experts.panel(panel) + layout_.gate_up_offset() +
+  const float* scales(const Place& at) const {
+    return reinterpret_cast<const float*>(at.expert + layout_.scales_at(at.index));
+  }
+  const float* down_scales(const Place& at) const {
+    return reinterpret_cast<const float*>(at.expert + layout_.down_scales_at(at.index));
+  }
+  const std::byte* gate_up(const Place& at, std::int64_t block) const {
+    return at.expert + layout_.gate_up_at(at.panels, at.index) +
            block * panel_bytes(layout_.format, block_steps_);
   }
-  const std::byte* down_panel(std::int64_t panel, std::int64_t d) const {
-    return call_.experts.panel(panel) + layout_.down_offset() + d * layout_.down_panel_bytes;
+  const std::byte* down_panel(const Place& at, std::int64_t d) const {
+    return at.expert + layout_.down_at(at.panels, at.index, d);
   }
   const Value* x_row(std::int64_t token) const { return shared_.x + token * x_stride_; }
   float* product(std::int64_t panel, std::int64_t row) const {
@@ -241,16 +266,18 @@ class PrefillPart {
   }
 
   /// Panels [begin, end) for rows [first, first + m) of the run. Panel `after` comes next.
-  void hidden_group(const Run& run, std::int64_t begin, std::int64_t end, std::int64_t after,
+  void hidden_group(const Run& run, std::int64_t begin, std::int64_t end, const Place& after,
                     std::int64_t first, std::int64_t m) const {
     const std::int32_t* token = shared_.groups.token + run.pair + first;
     const std::int64_t D = y_.cols, blocks = (D + block_steps_ - 1) / block_steps_;
+    const std::int64_t together = Blocks::panels(m);
     for (std::int64_t b = 0; b < blocks; ++b) {
       const std::int64_t steps = std::min(block_steps_, D - b * block_steps_);
-      for (std::int64_t p = begin; p < end; p += 2) {
-        const std::int64_t panels = std::min<std::int64_t>(2, end - p);
-        const WeightBlock block{{gate_up(p, b), gate_up(p + panels - 1, b)},
-                                {scales(p), scales(p + panels - 1)},
+      for (std::int64_t p = begin; p < end; p += together) {
+        const std::int64_t panels = std::min(together, end - p);
+        const Place one = place(run, p), other = place(run, p + panels - 1);
+        const WeightBlock block{{gate_up(one, b), gate_up(other, b)},
+                                {scales(one), scales(other)},
                                 panels,
                                 steps,
                                 1,
@@ -258,12 +285,14 @@ class PrefillPart {
                                 0};
         const bool same_block = p + panels < end;
         const bool same_group = same_block || b + 1 < blocks;
-        const std::int64_t next = same_block ? p + panels : same_group ? begin : after;
+        const Place next = same_block   ? place(run, p + panels)
+                           : same_group ? place(run, begin)
+                                        : after;
         const std::int64_t next_block = same_block ? b : same_group ? b + 1 : 0;
         blocks_.multiply(
             block,
             {gate_up(next, next_block), panel_bytes(layout_.format, block_steps_), panels,
-             layout_.bytes()},
+             gate_up_stride(next)},
             m, b > 0, kRowGroup * kPanelWidth,
             [&](std::int64_t r) { return x_row(token[r]) + b * block_steps_; },
             [&](std::int64_t r) { return product(p - begin, r); });
@@ -282,71 +311,91 @@ class PrefillPart {
     blocks_.activate(
         call_.experts.activation(), call_.experts.gated(), m, product(index, 0),
         shared_.weight + shared_.groups.begin[e] + first,
-        layout_.format == PanelFormat::kInt8 ? scales(panel) + layout_.scale_bytes / 4 : nullptr,
+        layout_.format == PanelFormat::kInt8 ? down_scales(place(run, panel)) : nullptr,
         shared_.hidden + run.hidden + first * run.stride + (panel - run.panel) * layout_.neurons,
         run.stride);
   }
 
-  /// Panels [d, d + outputs) of down, of the neurons of so many expert panels.
-  WeightBlock down_block(std::int64_t panel, std::int64_t panels, std::int64_t d,
-                         std::int64_t outputs) const {
-    const bool unit_scales = layout_.format == PanelFormat::kInt8;
-    const float* own = unit_scales ? kUnitScales : scales(panel) + layout_.scale_bytes / 4;
-    return {{down_panel(panel, d), down_panel(panel, d + outputs - 1)},
-            {own, own},
-            outputs,
-            layout_.neurons,
-            panels,
-            layout_.bytes(),
-            unit_scales ? 0 : layout_.bytes()};
+  /// From a panel of gate|up to the next.
+  std::int64_t gate_up_stride(const Place& at) const {
+    return at.panels > 1 && layout_.joins_down() ? layout_.gate_up_bytes : layout_.bytes();
   }
 
-  /// Panels of a run whose neurons are unpacked at once: equal shares of it.
+  /// Panels of a run that are multiplied at once: equal shares of it, of whole experts if it has
+  /// several.
   std::int64_t chunk_of(const Run& run) const {
-    const std::int64_t panels = run.panel_end - run.panel,
-                       most = Blocks::kBlockSteps / layout_.neurons;
-    const std::int64_t chunks = (panels + most - 1) / most;
-    return (panels + chunks - 1) / chunks;
+    const std::int64_t unit = run.expert_end - run.expert > 1 ? run.each : 1;
+    const std::int64_t units = (run.panel_end - run.panel) / unit;
+    const std::int64_t most = Blocks::kBlockSteps / layout_.neurons / unit;
+    const std::int64_t chunks = (units + most - 1) / most;
+    return (units + chunks - 1) / chunks * unit;
+  }
+  /// Of `panels` panels of a chunk, those whose neurons are one piece of a panel of down.
+  std::int64_t piece_of(const Run& run, std::int64_t panels) const {
+    return layout_.joined_panels(std::min(run.each, panels));
+  }
+
+  /// Panels [d, d + outputs) of down, of the neurons of `panels` panels from `panel` on.
+  WeightBlock down_block(const Run& run, std::int64_t panel, std::int64_t panels, std::int64_t d,
+                         std::int64_t outputs) const {
+    const Place at = place(run, panel);
+    const std::int64_t piece = piece_of(run, panels), stride = piece * layout_.bytes();
+    const bool unit_scales = layout_.format == PanelFormat::kInt8;
+    const float* own = unit_scales ? kUnitScales : down_scales(at);
+    return {{down_panel(at, d), down_panel(at, d + outputs - 1)},
+            {own, own},
+            outputs,
+            piece * layout_.neurons,
+            panels / piece,
+            stride,
+            unit_scales ? 0 : stride};
+  }
+  /// The same, to be fetched.
+  NextBlock next_down(const Run& run, std::int64_t panel, std::int64_t panels, std::int64_t d,
+                      std::int64_t outputs) const {
+    const Place at = place(run, panel);
+    const std::int64_t piece = piece_of(run, panels), bytes = piece * layout_.down_panel_bytes;
+    if (piece == panels) return {down_panel(at, d), bytes, outputs, layout_.down_stride(run.each)};
+    return {down_panel(at, d), outputs * bytes, panels / piece, piece * layout_.bytes()};
   }
 
   /// s_.sums += the run's hidden values times panels [d, d + n) of down. After it comes `next_run`,
   /// at panel next_d.
   void down_run(const Run& run, std::int64_t d, std::int64_t n, const Run& next_run,
                 std::int64_t next_d) const {
-    const std::int64_t chunk = chunk_of(run);
+    const std::int64_t chunk = chunk_of(run), stride = n * kPanelWidth;
+    const std::int64_t together = Blocks::panels(run.rows);
     const std::int32_t* token = shared_.groups.token + run.pair;
     if constexpr (Blocks::kMultipliesShort)
       if (run.panel_end - run.panel == 1 && run.stride == kShortStride)
-        return blocks_.multiply_short(
-            down_panel(run.panel, d), down_panel(next_run.panel, next_d), layout_.neurons, n,
-            shared_.hidden + run.hidden, run.rows,
-            [&](std::int64_t r) { return s_.sums + token[r] * kAccStride; });
+        return blocks_.multiply_short(down_panel(place(run, run.panel), d),
+                                      down_panel(place(next_run, next_run.panel), next_d),
+                                      layout_.neurons, n, shared_.hidden + run.hidden, run.rows,
+                                      [&](std::int64_t r) { return s_.sums + token[r] * stride; });
     for (std::int64_t p = run.panel; p < run.panel_end; p += chunk) {
       const std::int64_t panels = std::min(chunk, run.panel_end - p);
       const Value* h = shared_.hidden + run.hidden + (p - run.panel) * layout_.neurons;
       const bool last = p + panels == run.panel_end;
+      const Run& after = last ? next_run : run;
       const std::int64_t next = last ? next_run.panel : p + panels;
-      const std::int64_t next_panels = last
-                                           ? std::min(chunk_of(next_run), next_run.panel_end - next)
-                                           : std::min(chunk, run.panel_end - next);
-      for (std::int64_t i = 0; i < n; i += 2) {
-        const std::int64_t outputs = std::min<std::int64_t>(2, n - i);
+      const std::int64_t next_panels = std::min(chunk_of(after), after.panel_end - next);
+      for (std::int64_t i = 0; i < n; i += together) {
+        const std::int64_t outputs = std::min(together, n - i);
         blocks_.multiply(
-            down_block(p, panels, d + i, outputs),
-            {down_panel(next, (last ? next_d : d) + i), outputs * layout_.down_panel_bytes,
-             next_panels, layout_.bytes()},
-            run.rows, true, kPanelWidth, [&](std::int64_t r) { return h + r * run.stride; },
-            [&](std::int64_t r) { return s_.sums + token[r] * kAccStride + i * kPanelWidth; });
+            down_block(run, p, panels, d + i, outputs),
+            next_down(after, next, next_panels, (last ? next_d : d) + i, outputs), run.rows, true,
+            kPanelWidth, [&](std::int64_t r) { return h + r * run.stride; },
+            [&](std::int64_t r) { return s_.sums + token[r] * stride + i * kPanelWidth; });
       }
     }
   }
 
   const FfnCall& call_;
   const Shared<Value>& shared_;
-  Scratch s_;
+  PrefillScratch s_;
   std::int64_t x_stride_;
   MatrixView<float> y_;  // of the pass
-  ExpertPanelLayout layout_;
+  ExpertLayout layout_;
   Blocks blocks_;
   std::int64_t block_steps_;
 };

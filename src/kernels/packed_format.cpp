@@ -166,7 +166,7 @@ void encode_panel(PanelFormat format, std::span<const float> weights, const floa
   }
 }
 
-ExpertPanelLayout::ExpertPanelLayout(WeightType type, bool gated, std::int64_t d_model)
+ExpertLayout::ExpertLayout(WeightType type, bool gated, std::int64_t d_model)
     : format(panel_format(type)),
       neurons(gated ? kLanes / 2 : kLanes),
       scale_bytes(cleave::scale_bytes(format)),

@@ -15,11 +15,12 @@
 //   scales     int8: a float per lane (of down: per step); int4: two floats, the units in which the
 //              bytes of scales and minima count.
 //   linear     [scales][panel] per 32 outputs, one after the other; steps are the K inputs.
-//   expert     panels of neurons: [scales of gate|up][scales of down], a gate|up panel [D steps]
-//              [16 gate, 16 up] (two-matrix FFNs: [D steps][32 up]), then the neurons' share of
-//              down: ceil(D / 32) panels [16 or 32 neurons as steps][32 outputs]. So a neuron's
-//              three rows lie together, an expert is a range of panels, and any share of the
-//              experts' work is one stream of memory.
+//   expert     P panels of neurons: scales [P][gate|up, down]; gate|up [P][D steps][16 gate, 16 up]
+//              (two-matrix FFNs: [D steps][32 up]); down, ceil(D / 32) panels [all neurons as
+//              steps][32 outputs]. So any share of an expert's neurons is a stretch of gate|up and
+//              one of each column panel of down; all of them are one stream of memory.
+//   in int4    an expert is P such experts of one panel each, for the scales of down count in units
+//              of their own there.
 //
 // Lanes beyond the last output or neuron hold zeros. Every panel starts on a cache line.
 namespace cleave {
@@ -38,27 +39,54 @@ void widen_scales(PanelFormat format, std::span<const float> weights, float* sca
 void encode_panel(PanelFormat format, std::span<const float> weights, const float* scales,
                   std::byte* panel);
 
-/// The parts of an expert panel.
-struct ExpertPanelLayout {
-  ExpertPanelLayout(WeightType type, bool gated, std::int64_t d_model);
+/// Where the parts of an expert are. An expert of P panels begins with its first panel's byte
+/// (P * bytes() in all); offsets are from there.
+struct ExpertLayout {
+  ExpertLayout(WeightType type, bool gated, std::int64_t d_model);
 
   PanelFormat format;
   std::int64_t neurons;        ///< per panel
-  std::int64_t scale_bytes;    ///< of gate|up, at offset 0; those of down follow
-  std::int64_t gate_up_bytes;  ///< then the gate|up panel
+  std::int64_t scale_bytes;    ///< of gate|up; those of down follow
+  std::int64_t gate_up_bytes;  ///< of a panel
   std::int64_t down_panels;    ///< ceil(D / 32)
   std::int64_t down_panel_bytes;
 
-  std::int64_t gate_up_offset() const { return 2 * scale_bytes; }
-  static constexpr std::int64_t kAliasBytes = 16 << 10, kGapBytes = 2 << 10;
-  std::int64_t down_offset() const { return gate_up_offset() + gate_up_bytes; }
-  std::int64_t used_bytes() const { return down_offset() + down_panels * down_panel_bytes; }
-  /// From one panel to the next. The same outputs' share of down of all panels is read at once;
-  /// panels a multiple of a large power of two apart would put it into the same few sets of a
-  /// cache, so such panels are followed by a gap, of zeros.
-  std::int64_t bytes() const {
-    return used_bytes() % kAliasBytes == 0 ? used_bytes() + kGapBytes : used_bytes();
+  /// Whether all neurons of an expert are one column panel of down; else each panel's are.
+  bool joins_down() const { return format != PanelFormat::kInt4; }
+  std::int64_t scales_at(std::int64_t panel) const {
+    return panel * (joins_down() ? 2 * scale_bytes : bytes());
   }
+  std::int64_t down_scales_at(std::int64_t panel) const { return scales_at(panel) + scale_bytes; }
+  std::int64_t gate_up_at(std::int64_t panels, std::int64_t panel) const {
+    return joins_down() ? scales_at(panels) + panel * gate_up_bytes
+                        : scales_at(panel) + 2 * scale_bytes;
+  }
+  /// Panel d of down from neuron `panel * neurons` on.
+  std::int64_t down_at(std::int64_t panels, std::int64_t panel, std::int64_t d) const {
+    return joins_down() ? gate_up_at(panels, panels) + (d * panels + panel) * down_panel_bytes
+                        : gate_up_at(panels, panel) + gate_up_bytes + d * down_panel_bytes;
+  }
+  /// From a panel of down to the next.
+  std::int64_t down_stride(std::int64_t panels) const {
+    return (joins_down() ? panels : 1) * down_panel_bytes;
+  }
+  /// Panels whose neurons are one piece of down, of an expert of so many.
+  std::int64_t joined_panels(std::int64_t panels) const { return joins_down() ? panels : 1; }
+  std::int64_t used_bytes() const {
+    return 2 * scale_bytes + gate_up_bytes + down_panels * down_panel_bytes;
+  }
+  /// Room for a panel. The same outputs' share of down of all narrow experts is read at once;
+  /// experts a multiple of a large power of two apart would put it into the same few sets of a
+  /// cache, so there is a gap between such, of zeros.
+  std::int64_t bytes() const { return used_bytes() + gap_bytes(); }
+  std::int64_t gap_bytes() const { return used_bytes() % kAliasBytes == 0 ? kGapBytes : 0; }
+  /// A panel's share of it.
+  std::int64_t gap_at(std::int64_t panels, std::int64_t panel) const {
+    return joins_down() ? panels * used_bytes() + panel * gap_bytes()
+                        : scales_at(panel) + used_bytes();
+  }
+
+  static constexpr std::int64_t kAliasBytes = 16 << 10, kGapBytes = 2 << 10;
 };
 
 /// The lanes' scales where each step's scale is in its input already (down in int8).

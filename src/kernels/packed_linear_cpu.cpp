@@ -130,12 +130,13 @@ class BlockLoop {
     if constexpr (kRounds)
       for (std::int64_t r = 0; r < rows; ++r)
         Blocks::set_row(x_.row(row_begin + r), K, rounded_ + r * stride(K));
-    for (std::int64_t p = panel_begin; p < panel_end; p += 2) {
-      const std::int64_t panels = std::min<std::int64_t>(2, panel_end - p);
+    const std::int64_t together = Blocks::panels(rows);
+    for (std::int64_t p = panel_begin; p < panel_end; p += together) {
+      const std::int64_t panels = std::min(together, panel_end - p);
       for (std::int64_t s = 0; s < K; s += block_steps_) {
         const std::int64_t steps = std::min(block_steps_, K - s);
         const bool same = s + steps < K;
-        const std::int64_t next = same ? p : std::min(p + 2, panel_end - panels);
+        const std::int64_t next = same ? p : std::min(p + together, panel_end - panels);
         blocks_.multiply(
             {{at(p, s), at(p + panels - 1, s)},
              {scales(p), scales(p + panels - 1)},

@@ -46,6 +46,8 @@ class UnpackedBlocks {
         unpacks_(format != PanelFormat::kF32),
         unpacked_(reinterpret_cast<float*>(scratch)) {}
 
+  /// How many panels are best multiplied at once.
+  static std::int64_t panels(std::int64_t) { return 2; }
   /// What a panel costs, in rows: unpacking it is worth some four.
   static std::int64_t panel_cost(std::int64_t rows) { return 4 + rows; }
   static void set_row(const float* x, std::int64_t n, float* row) { std::copy_n(x, n, row); }
@@ -140,12 +142,16 @@ class UnpackedBlocks {
 class DotBlocks {
  public:
   using Value = std::uint16_t;
-  static constexpr std::int64_t kBlockSteps = 1024;  ///< 128 kB of two panels
+  static constexpr std::int64_t kBlockSteps = 2048;  ///< 128 kB of a panel
   static constexpr std::size_t kScratchBytes = 0;
   static constexpr bool kMultipliesShort = true;
 
   DotBlocks(PanelFormat, std::byte*) : kernels_(*panel_kernels().dots) {}
 
+  /// Where rows are few, weights come from memory meanwhile and take the core's fill buffers: 12
+  /// rows by one panel fetch half as many weights from the second level as 6 rows by two. Many rows
+  /// do better with fewer of them at a time.
+  static std::int64_t panels(std::int64_t rows) { return rows <= kFewRows ? 1 : 2; }
   /// Reading a panel from memory takes as long as some 20 rows, which go on meanwhile.
   static std::int64_t panel_cost(std::int64_t rows) { return std::max<std::int64_t>(20, rows); }
   static void set_row(const float* x, std::int64_t n, std::uint16_t* row) {
@@ -167,8 +173,8 @@ class DotBlocks {
     const std::int64_t pairs = (block.piece_steps + 1) / 2;
     // Every product fetches an equal share of each piece that comes next: two lines of a panel per
     // two steps, for all products.
-    const std::int64_t rate = (2 * 64 + products - 1) / products;
-    const std::int64_t second = !pair ? 0 : block.pieces > 1 ? next.bytes / 2 : next.stride;
+    const std::int64_t rate = (2 * kLine + products - 1) / products;
+    const std::int64_t second = !pair ? rate / 2 : block.pieces > 1 ? next.bytes / 2 : next.stride;
     const std::uint16_t* x[kDotRows];
     float* y[kDotRows];
     for (std::int64_t i = 0; i < products; ++i) {
@@ -213,7 +219,7 @@ class DotBlocks {
   }
 
  private:
-  static constexpr std::int64_t kLine = 64;
+  static constexpr std::int64_t kLine = 64, kFewRows = 64;
 
   /// What the next product begins with; the rest of x is then fetched by the machine itself.
   static void fetch_row(const Value* x, const float* y, std::int64_t panels,

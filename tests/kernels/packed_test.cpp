@@ -119,6 +119,22 @@ TEST(PackedExperts, FloatsUnpackToTheSameBits) {
   }
 }
 
+/// moe_ffn() against its reference, twice.
+void expect_moe_ffn_is_right(std::mt19937& rng, const ExpertBank& bank, const Routing& routing,
+                             WeightType type, Workspace& workspace, const ParallelFor& parallel) {
+  const std::int64_t T = routing.num_tokens, D = bank.d_model;
+  const PackedExperts packed(bank, type, parallel);
+  const OwnedMatrix x =
+      type == WeightType::kBF16 ? random_bf16_matrix(rng, T, D) : random_matrix(rng, T, D);
+  OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
+  moe_ffn_reference(packed.unpack(), routing, 1.5f, x.view(), expected.view(), magnitude.view());
+  OwnedMatrix again = actual;
+  moe_ffn(packed, routing, 1.5f, x.view(), actual.view(), workspace, parallel);
+  expect_near(actual, expected, magnitude, ffn_bound(D, bank.rows()) + hidden_bound(type));
+  moe_ffn(packed, routing, 1.5f, x.view(), again.view(), workspace, parallel);
+  ASSERT_EQ(actual.values, again.values) << "not deterministic";
+}
+
 TEST(PackedMoeFfn, MatchesReferenceOnRandomShapes) {
   ThreadPool pool(3);
   Workspace workspace;
@@ -132,20 +148,32 @@ TEST(PackedMoeFfn, MatchesReferenceOnRandomShapes) {
     SCOPED_TRACE(fmt::format("seed={} T={} D={} H={} E={} K={} {} {}", seed, T, D, H, E, K,
                              activation_name(activation), weight_type_name(type)));
     const ExpertBank bank = random_bank(rng, D, H, E, seed % 2 == 0, seed % 3 == 0, activation);
-    const PackedExperts packed(bank, type, pool.parallel_for());
     Routing routing = random_routing(rng, T, E, K);
     if (seed % 7 == 0) drop_slots(rng, routing);
-    const OwnedMatrix x =
-        type == WeightType::kBF16 ? random_bf16_matrix(rng, T, D) : random_matrix(rng, T, D);
-    OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
-    moe_ffn_reference(packed.unpack(), routing, 1.5f, x.view(), expected.view(), magnitude.view());
-    const ParallelFor parallel = seed % 4 == 0 ? ParallelFor() : pool.parallel_for();
-    OwnedMatrix again = actual;
-    moe_ffn(packed, routing, 1.5f, x.view(), actual.view(), workspace, parallel);
-    expect_near(actual, expected, magnitude, ffn_bound(D, H) + hidden_bound(type));
-    moe_ffn(packed, routing, 1.5f, x.view(), again.view(), workspace, parallel);
-    ASSERT_EQ(actual.values, again.values) << "not deterministic";
+    expect_moe_ffn_is_right(rng, bank, routing, type, workspace,
+                            seed % 4 == 0 ? ParallelFor() : pool.parallel_for());
   }
+}
+
+// Of hidden values only so many are kept at once: 1024 or 2048 in decode, blocks of weights have
+// 512 or 1024 steps, and an expert may have more rows than a stretch.
+TEST(PackedMoeFfn, MatchesReferenceWithWideExpertsAndManyRows) {
+  ThreadPool pool(3);
+  Workspace workspace;
+  for (const WeightType type : kTypes)
+    for (const bool gated : {true, false}) {
+      std::mt19937 rng(11);
+      const ExpertBank wide = random_bank(rng, 40, 2 * 2070, 2, gated, true, Activation::kSilu);
+      for (const std::int64_t T : {1, 5, 40}) {
+        SCOPED_TRACE(fmt::format("{} gated={} T={}", weight_type_name(type), gated, T));
+        const Routing routing = random_routing(rng, T, 2, T == 5 ? 2 : 1);
+        expect_moe_ffn_is_right(rng, wide, routing, type, workspace, pool.parallel_for());
+      }
+      SCOPED_TRACE(fmt::format("{} gated={} 100 rows", weight_type_name(type), gated));
+      const ExpertBank narrow = random_bank(rng, 70, 32 * 40, 32, gated, true, Activation::kSilu);
+      const Routing one{100, 1, std::vector<std::int32_t>(100, 3), std::vector<float>(100, 0.5f)};
+      expect_moe_ffn_is_right(rng, narrow, one, type, workspace, pool.parallel_for());
+    }
 }
 
 TEST(PackedMoeFfn, AllExpertsEqualTheDenseFfn) {

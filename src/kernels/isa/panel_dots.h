@@ -42,16 +42,15 @@ CLEAVE_INLINE void multiply_pieces(const DotProduct& product) {
   std::int64_t at = 0;
   for (std::int64_t i = 0; i < product.pieces; ++i) {
     const char* prefetch = product.prefetch + i * product.prefetch_stride;
-    std::int64_t due = 63;
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p)
       for (int l = 0; l < 4; ++l)
         __builtin_prefetch(piece[p] + product.piece_stride + 64 * l, 0, 3);
     for (std::int64_t s = 0; s < pairs; ++s, at += 2) {
-      for (due += product.prefetch_rate; due >= 64; due -= 64, prefetch += 64) {
-        __builtin_prefetch(prefetch, 0, 2);
+      __builtin_prefetch(prefetch, 0, 2);
+      if (kPanels == 2 || product.prefetch_rate > 64)
         __builtin_prefetch(prefetch + product.prefetch_panel, 0, 2);
-      }
+      prefetch += product.prefetch_rate;
       Words w[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) w[v] = load<Words>(piece[v / 2] + s * 128 + v % 2 * 64);

@@ -54,8 +54,9 @@ struct PanelProduct {
   const InputBlock* const* blocks;  ///< kInt4: a pointer per row, to x as prepare() gives it
   float* const* y;                  ///< a pointer per row, to 32 * panels floats
   bool add;                         ///< to y; otherwise y is overwritten
-  const char* prefetch;  ///< what to fetch from memory meanwhile, at the pace of the panel's own
-                         ///< bytes; or nullptr
+  /// What to fetch from memory under the first panel, as many bytes as it has; under others what is
+  /// as far behind that as they are; or nullptr.
+  const char* prefetch;
 };
 
 /// y[r][32 i + lane] (+)= sum over s < steps of x[r * kTileStride + s] * panel[i][s][lane].
@@ -110,11 +111,12 @@ struct DotProduct {
   float* const* y;                ///< a pointer per row, to 32 floats per panel
   std::int64_t panel_offset;      ///< in y, floats
   bool add;
-  /// What to fetch from memory meanwhile, at an even pace: lines of each piece at `prefetch`, and
-  /// as many `prefetch_panel` bytes behind them.
+  /// What to fetch from memory meanwhile: in every two steps the line `prefetch_rate` bytes behind
+  /// the last one, from `prefetch` on, and another `prefetch_panel` bytes behind it (with one panel
+  /// only where the rate is above a line).
   const char* prefetch;
   std::int64_t prefetch_panel, prefetch_stride;  ///< bytes; the latter from piece to piece
-  std::int64_t prefetch_rate;                    ///< 64ths of a line per two steps; 0 for nothing
+  std::int64_t prefetch_rate;                    ///< bytes, a line at most; with one panel two
 };
 
 /// y[r][32 i + lane] += sum over s < steps of x[r * kShortStride + s] * panel[i][s][lane], for

@@ -104,9 +104,10 @@ CLEAVE_INLINE void multiply_rows(const PanelProduct& product, int first_row) {
   }
   const auto* panel = static_cast<const char*>(product.panel);
   // Without a target the same lines are asked for again and again, which costs next to nothing.
-  const char* prefetch = product.prefetch != nullptr ? product.prefetch : panel;
+  const char* target = product.prefetch != nullptr ? product.prefetch : panel;
   const std::int64_t prefetch_stride = product.prefetch != nullptr ? 1 : 0;
   for (std::int64_t i = 0; i < product.panels; ++i, panel += product.panel_bytes) {
+    const char* prefetch = target + i * prefetch_stride * product.panel_bytes;
     Floats sum[kRows][2];
     panel_sum<Format, kRows, kChains>(panel, product, x, blocks, prefetch, prefetch_stride, sum);
 #pragma GCC unroll 12
