@@ -31,9 +31,9 @@ tail -n $(($(lines "$peace") / 20)) "$peace" > "$out/war-and-peace.heldout.txt"
 cp "$texts/tinystories.heldout.txt" "$out/stories.heldout.txt"
 # To tune on: the rest of wikitext; or equal parts of it and of what goes before the other two.
 tail -n $(($(lines "$wiki") * 3 / 5)) "$wiki" | awk 'int(NR / 40) % 8 != 4' > "$out/wikitext.rest.txt"
-head -c 212000 "$out/wikitext.rest.txt" > "$out/wikitext.part.txt"
-head -c 212000 "$texts/tinystories.calib.txt" > "$out/stories.part.txt"
-head -c 212000 "$peace" > "$out/war-and-peace.part.txt"
+head -c 400000 "$out/wikitext.rest.txt" > "$out/wikitext.part.txt"
+head -c 400000 "$texts/tinystories.calib.txt" > "$out/stories.part.txt"
+head -c 400000 "$peace" > "$out/war-and-peace.part.txt"
 calibration=${CALIBRATION:-$out/wikitext.calibration.txt}
 held_out=("$out"/wikitext.heldout.txt "$out"/stories.heldout.txt "$out"/war-and-peace.heldout.txt)
 
@@ -79,16 +79,18 @@ for rho in ${RHOS:-0.75 0.5 0.25}; do
   for variant in static unrepaired mixtral read textless; do against_dense "$variant-$rho"; done
 done
 
-# Light tuning of a conversion to half of the FFN, layer by layer; it starts without text of the model's own.
-tune() { # name, steps, texts
-  local name=$1 steps=$2
+# Light tuning of a conversion to half of the FFN, layer by layer: of the default on a mixture, and on wikitext alone of
+# one without text of the model's own.
+tune() { # name, start, texts
+  local name=$1 start=$2
   shift 2
-  [ -d "$out/$name" ] || OMP_WAIT_POLICY=passive "$cleave" train "$out/read-0.5" "$out/$name" \
-    --teacher "$model" --data "$@" --recipe layerwise --steps "$steps" --lr 4e-3 --held-out-windows 0
+  [ -d "$out/$name" ] || OMP_WAIT_POLICY=passive "$cleave" train "$out/$start" "$out/$name" \
+    --teacher "$model" --data "$@" --recipe layerwise --steps "$TUNE_STEPS" --lr 4e-3 --held-out-windows 0
   against_dense "$name"
 }
 if [ "${TUNE_STEPS:-0}" -gt 0 ]; then
+  convert "moe-0.5-seed${seeds[0]}" --active-share 0.5 --seed "${seeds[0]}"
   convert read-0.5 --active-share 0.5 --seed "${seeds[0]}" --self-calibration 0
-  tune tuned-wikitext "$TUNE_STEPS" "$out/wikitext.calibration.txt" "$out/wikitext.rest.txt"
-  tune tuned-mixture $((TUNE_STEPS * 2 / 3)) "$out"/{wikitext,stories,war-and-peace}.part.txt
+  tune tuned-mixture "moe-0.5-seed${seeds[0]}" "$out"/{wikitext,stories,war-and-peace}.part.txt
+  tune tuned-wikitext read-0.5 "$out/wikitext.calibration.txt" "$out/wikitext.rest.txt"
 fi
