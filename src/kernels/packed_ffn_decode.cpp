@@ -19,7 +19,7 @@ constexpr std::int64_t kNearBytes = 16384;  // of a piece of down that is a stre
 
 /// Panels of an expert that both products take at once.
 std::int64_t stretch_of(const PackedExperts& experts) {
-  return ExpertLayout(experts.type(), experts.gated(), 0).joins_down() ? kStretch : 1;
+  return joins_down(panel_format(experts.type())) ? kStretch : 1;
 }
 
 /// Floats from a row of hidden values to the next: not all in the same sets of a cache.

@@ -39,6 +39,9 @@ void widen_scales(PanelFormat format, std::span<const float> weights, float* sca
 void encode_panel(PanelFormat format, std::span<const float> weights, const float* scales,
                   std::byte* panel);
 
+/// Whether all neurons of an expert are one column panel of down; else each panel's are.
+inline bool joins_down(PanelFormat format) { return format != PanelFormat::kInt4; }
+
 /// Where the parts of an expert are. An expert of P panels begins with its first panel's byte
 /// (P * bytes() in all); offsets are from there.
 struct ExpertLayout {
@@ -51,8 +54,7 @@ struct ExpertLayout {
   std::int64_t down_panels;    ///< ceil(D / 32)
   std::int64_t down_panel_bytes;
 
-  /// Whether all neurons of an expert are one column panel of down; else each panel's are.
-  bool joins_down() const { return format != PanelFormat::kInt4; }
+  bool joins_down() const { return cleave::joins_down(format); }
   std::int64_t scales_at(std::int64_t panel) const {
     return panel * (joins_down() ? 2 * scale_bytes : bytes());
   }
