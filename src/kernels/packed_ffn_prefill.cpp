@@ -40,9 +40,11 @@ std::int64_t pass_tokens(const PackedExperts& experts) { return is_narrow(expert
 template <typename Value>
 constexpr std::int64_t kLineValues = 64 / sizeof(Value);
 
-/// Values from row to row: rows of a product must not fall into one set of a cache.
+/// Values from row to row: rows of a product must not fall into one set of a cache. Those of a line
+/// or half of one follow each other.
 template <typename Value>
 std::int64_t skewed_stride(std::int64_t values) {
+  if (values == kLineValues<Value> || 2 * values == kLineValues<Value>) return values;
   const std::int64_t lines = (values + kLineValues<Value> - 1) / kLineValues<Value>;
   return (lines | 1) * kLineValues<Value>;
 }
@@ -89,23 +91,28 @@ std::int64_t hidden_size(const PackedExperts& experts, std::int64_t tokens, std:
   for (std::int64_t e = 0; e < experts.num_experts(); ++e)
     widest = std::max(
         widest, (experts.panel_begin(e + 1) - experts.panel_begin(e)) * experts.panel_neurons());
-  // A run of several experts can need a line more than they would need one by one.
-  return tokens * (k * skewed_stride<Value>(widest) + k / 2 * kLineValues<Value>);
+  // A run of several experts can need two lines more than they would need one by one.
+  return tokens * k * (skewed_stride<Value>(widest) + kLineValues<Value>);
 }
 
-/// Groups of y's panels, as many for each part. Narrow experts' products are short and want several
-/// panels at a time: 4, or else up to 5. Of wide ones two are as good, and leave no part waiting.
+/// Tasks of y's panels. Narrow experts' short products want one panel at a time, whose sums are
+/// nearly all in a first-level cache; or else, up to 5. Of wide ones two are as good, and leave no
+/// part waiting.
+template <typename Blocks>
 std::int64_t num_down_groups(const PackedExperts& experts, std::int64_t parts) {
   const std::int64_t panels = num_blocks(experts.d_model());
   const bool narrow = is_narrow(experts);
+  if (narrow && Blocks::kMultipliesShort) return panels;
   if (narrow && panels % (parts * kPanelGroup) == 0) return panels / kPanelGroup;
   const std::int64_t each = parts * (narrow ? kDownGroup : 2);
   return parts * ((panels + each - 1) / each);
 }
 
-template <typename Value>
-Shared<Value> carve_shared(Carver& from, const PackedExperts& experts, std::int64_t tokens,
-                           std::int64_t k, std::int64_t parts) {
+template <typename Blocks>
+Shared<typename Blocks::Value> carve_shared(Carver& from, const PackedExperts& experts,
+                                            std::int64_t tokens, std::int64_t k,
+                                            std::int64_t parts) {
+  using Value = typename Blocks::Value;
   const std::int64_t E = experts.num_experts(), pairs = tokens * k;
   Shared<Value> s;
   s.groups = carve_groups(from, E, pairs);
@@ -117,7 +124,7 @@ Shared<Value> carve_shared(Carver& from, const PackedExperts& experts, std::int6
   s.counts = from.take<std::int32_t>(parts * E);
   s.hidden_tasks = from.take<StealingRanges::Range>(parts);
   s.down_tasks = from.take<StealingRanges::Range>(parts);
-  s.down_groups = num_down_groups(experts, parts);
+  s.down_groups = num_down_groups<Blocks>(experts, parts);
   return s;
 }
 
@@ -233,8 +240,7 @@ class PrefillPart {
       down_run(shared_.runs[i], d, n, shared_.runs[last ? 0 : i + 1],
                last ? std::min(d + n, panels - 1) : d);
     }
-    for (std::int64_t t = 0; t < y_.rows; ++t)
-      isa_kernels().add(s_.sums + t * stride, y_.row(t) + column, columns);
+    row_kernels().add_rows(s_.sums, stride, y_.row(0) + column, y_.row_stride, y_.rows, columns);
   }
 
  private:
@@ -366,12 +372,14 @@ class PrefillPart {
     const std::int64_t chunk = chunk_of(run), stride = n * kPanelWidth;
     const std::int64_t together = Blocks::panels(run.rows);
     const std::int32_t* token = shared_.groups.token + run.pair;
-    if constexpr (Blocks::kMultipliesShort)
-      if (run.panel_end - run.panel == 1 && run.stride == kShortStride)
+    if constexpr (Blocks::kMultipliesShort) {
+      const std::int64_t steps = (run.panel_end - run.panel) * layout_.neurons;
+      if (n == 1 && run.expert_end - run.expert == 1 && steps <= 2 * kShortSteps)
         return blocks_.multiply_short(down_panel(place(run, run.panel), d),
-                                      down_panel(place(next_run, next_run.panel), next_d),
-                                      layout_.neurons, n, shared_.hidden + run.hidden, run.rows,
-                                      [&](std::int64_t r) { return s_.sums + token[r] * stride; });
+                                      down_panel(place(next_run, next_run.panel), next_d), steps,
+                                      shared_.hidden + run.hidden, run.rows, token, s_.sums,
+                                      stride);
+    }
     for (std::int64_t p = run.panel; p < run.panel_end; p += chunk) {
       const std::int64_t panels = std::min(chunk, run.panel_end - p);
       const Value* h = shared_.hidden + run.hidden + (p - run.panel) * layout_.neurons;
@@ -405,7 +413,7 @@ std::size_t bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_
                   std::int64_t parts) {
   const std::int64_t pass = std::min(tokens, pass_tokens(experts));
   Carver shared(nullptr), part(nullptr);
-  carve_shared<typename Blocks::Value>(shared, experts, pass, k, parts);
+  carve_shared<Blocks>(shared, experts, pass, k, parts);
   carve_scratch<Blocks>(part, pass);
   return shared.used() + part.used() * static_cast<std::size_t>(parts);
 }
@@ -418,7 +426,7 @@ void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel)
   const std::int64_t passes = (T + most - 1) / most, pass = (T + passes - 1) / passes;
   std::byte* memory = workspace.get(bytes<Blocks>(call.experts, pass, call.k, parts));
   Carver room(memory);
-  Shared<Value> shared = carve_shared<Value>(room, call.experts, pass, call.k, parts);
+  Shared<Value> shared = carve_shared<Blocks>(room, call.experts, pass, call.k, parts);
   const std::size_t shared_bytes = room.used();
   carve_scratch<Blocks>(room, pass);
   const std::size_t part_bytes = room.used() - shared_bytes;

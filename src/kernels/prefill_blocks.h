@@ -202,20 +202,18 @@ class DotBlocks {
     }
   }
 
-  /// `panels` panels of `steps` side by side; rows of h kShortStride apart. `next`: such panels to
-  /// come.
-  template <typename YOf>
+  /// y[token[r]] += row r of h times a panel, for m rows of kShortSteps or twice as many; those of
+  /// y are `y_stride` apart. `next`: such a panel to come.
   void multiply_short(const std::byte* panel, const std::byte* next, std::int64_t steps,
-                      std::int64_t panels, const Value* h, std::int64_t m, const YOf& y_of) const {
-    const std::int64_t products = (m + kDotRows - 1) / kDotRows, lines = panels * steps;
-    for (std::int64_t i = 0; i < products; ++i) {
-      const std::int64_t first = m * i / products, end = m * (i + 1) / products;
-      float* y[kDotRows];
-      for (std::int64_t r = first; r < end; ++r) y[r - first] = y_of(r);
-      for (std::int64_t line = lines * i / products; line < lines * (i + 1) / products; ++line)
-        __builtin_prefetch(next + line * kLine, 0, 2);
-      kernels_.multiply_short[end - first - 1]({panel, steps, panels, h + first * kShortStride, y});
-    }
+                      const Value* h, std::int64_t m, const std::int32_t* token, float* y,
+                      std::int64_t y_stride) const {
+    for (std::int64_t line = 0; line < steps; ++line) __builtin_prefetch(next + line * kLine, 0, 2);
+    // Products of equal shares, some of them of one row more.
+    const std::int64_t products = (m + kDotRows - 1) / kDotRows, rows = m / products;
+    const std::int64_t larger = m % products, at = larger * (rows + 1);
+    if (larger > 0) kernels_.multiply_short[rows]({panel, steps, h, token, y, y_stride, larger});
+    kernels_.multiply_short[rows - 1](
+        {panel, steps, h + at * steps, token + at, y, y_stride, products - larger});
   }
 
  private:

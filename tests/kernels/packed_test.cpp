@@ -3,8 +3,10 @@
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 
 #include "cleave/error.h"
 #include "kernels/dispatch.h"
@@ -436,30 +438,35 @@ TEST(DotKernels, MultiplyPanelsInPieces) {
         }
 }
 
-TEST(DotKernels, MultiplyShortPanelsSideBySide) {
+TEST(DotKernels, MultiplyShortPanelsIntoRowsOfTokens) {
   const PanelKernels* kernels = find_panel_kernels("avx512bf16");
   if (kernels == nullptr) GTEST_SKIP() << "this CPU has no AVX512-BF16";
+  constexpr std::int64_t kTokens = 40, kStride = kPanelWidth + 5, kProducts = 3;
   for (std::int64_t rows = 1; rows <= kDotRows; ++rows)
-    for (const std::int64_t steps : {16, 32}) {
+    for (const std::int64_t steps : {kShortSteps, 2 * kShortSteps}) {
       std::mt19937 rng(static_cast<unsigned>(rows * 100 + steps));
-      PanelPieces w(rng, 2, 1, steps, 0);
-      const OwnedMatrix x = random_bf16_matrix(rng, rows, kShortStride);
+      PanelPieces w(rng, 1, 1, steps, 0);
+      const std::int64_t all = kProducts * rows;
+      const OwnedMatrix x = random_bf16_matrix(rng, all, steps);
       const std::vector<std::uint16_t> halves = as_bf16(x.values);
-      const OwnedMatrix start = random_matrix(rng, rows + 1, 2 * kPanelWidth);
+      std::vector<std::int32_t> tokens(kTokens);
+      std::iota(tokens.begin(), tokens.end(), 0);
+      std::shuffle(tokens.begin(), tokens.end(), rng);
+      const OwnedMatrix start = random_matrix(rng, kTokens, kStride);
       OwnedMatrix y = start;
-      float* out[kDotRows];
-      for (std::int64_t r = 0; r < rows; ++r) out[r] = y.view().row(r);
-      kernels->dots->multiply_short[rows - 1]({w.at(0), steps, 2, halves.data(), out});
-      for (std::int64_t r = 0; r <= rows; ++r)
-        for (std::int64_t i = 0; i < 2 * kPanelWidth; ++i) {
-          double sum = start.view()(r, i), size = std::abs(sum);
-          for (std::int64_t s = 0; r < rows && s < steps; ++s) {
-            const double term = static_cast<double>(x.view()(r, s)) *
-                                w.weights[i / kPanelWidth][s * kPanelWidth + i % kPanelWidth];
+      kernels->dots->multiply_short[rows - 1](
+          {w.at(0), steps, halves.data(), tokens.data(), y.values.data(), kStride, kProducts});
+      for (std::int64_t r = 0; r < kTokens; ++r)
+        for (std::int64_t i = 0; i < kStride; ++i) {
+          const std::int64_t token = tokens[r];
+          double sum = start.view()(token, i), size = std::abs(sum);
+          for (std::int64_t s = 0; r < all && i < kPanelWidth && s < steps; ++s) {
+            const double term =
+                static_cast<double>(x.view()(r, s)) * w.weights[0][s * kPanelWidth + i];
             sum += term;
             size += std::abs(term);
           }
-          ASSERT_NEAR(y.view()(r, i), sum, sum_bound(steps + 2) * size)
+          ASSERT_NEAR(y.view()(token, i), sum, sum_bound(steps + 2) * size)
               << "rows " << rows << " steps " << steps << " row " << r << " lane " << i;
         }
     }

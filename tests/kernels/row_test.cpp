@@ -101,6 +101,22 @@ TEST_P(RowKernelsTest, AddScaledMatchesItsDefinition) {
   }
 }
 
+TEST_P(RowKernelsTest, AddRowsMatchesItsDefinition) {
+  constexpr int kRows = 3;
+  for (int n = 0; n < 70; ++n) {
+    std::mt19937 rng(n);
+    const std::int64_t x_stride = n + 2, y_stride = n + 5;
+    const OwnedMatrix x = random_matrix(rng, kRows, x_stride);
+    const OwnedMatrix before = random_matrix(rng, kRows, y_stride);
+    OwnedMatrix y = before;
+    rows_->add_rows(x.values.data(), x_stride, y.values.data(), y_stride, kRows, n);
+    for (int r = 0; r < kRows; ++r)
+      for (int i = 0; i < y_stride; ++i)
+        ASSERT_EQ(y.view()(r, i), before.view()(r, i) + (i < n ? x.view()(r, i) : 0.0f))
+            << n << " " << r << " " << i;
+  }
+}
+
 TEST_P(RowKernelsTest, LargestIsTheFirstOfEquals) {
   for (unsigned seed = 0; seed < 300; ++seed) {
     std::mt19937 rng(seed);

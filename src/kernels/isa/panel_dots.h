@@ -89,30 +89,38 @@ void multiply_dots(const DotProduct& product) {
 }
 
 /// With so few steps a product's last stores go on while the next one's dot products run.
-template <int kRows>
-void multiply_short_dots(const ShortDotProduct& product) {
+template <int kRows, int kPairs>
+CLEAVE_INLINE void multiply_short_products(const ShortDotProduct& product) {
   const auto* panel = static_cast<const char*>(product.panel);
-  const std::int64_t pairs = product.steps / 2;
-  for (std::int64_t i = 0; i < product.panels; ++i) {
+  const std::uint16_t* x = product.x;
+  const std::int32_t* token = product.token;
+  for (std::int64_t i = 0; i < product.products; ++i, x += kRows * 2 * kPairs, token += kRows) {
     Floats sum[kRows][2] = {};
-    const std::uint16_t* x = product.x;
-#pragma GCC unroll 1
-    for (std::int64_t s = 0; s < pairs; ++s, panel += 128, x += 2) {
-      const Words w0 = load<Words>(panel), w1 = load<Words>(panel + 64);
+#pragma GCC unroll 16
+    for (int s = 0; s < kPairs; ++s) {
+      const Words w0 = load<Words>(panel + s * 128), w1 = load<Words>(panel + s * 128 + 64);
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
-        const Words pair = splat_pair(x + r * kShortStride);
+        const Words pair = splat_pair(x + 2 * (r * kPairs + s));
         dot_add(sum[r][0], pair, w0);
         dot_add(sum[r][1], pair, w1);
       }
     }
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
-      float* y = product.y[r] + i * kPanelWidth;
+      float* y = product.y + token[r] * product.y_stride;
       store(sum[r][0] + load<Floats>(y), y);
       store(sum[r][1] + load<Floats>(y + 16), y + 16);
     }
   }
+}
+
+template <int kRows>
+void multiply_short_dots(const ShortDotProduct& product) {
+  if (product.steps == kShortSteps)  // experts with a gate
+    multiply_short_products<kRows, kShortSteps / 2>(product);
+  else
+    multiply_short_products<kRows, kShortSteps>(product);
 }
 
 CLEAVE_INLINE __m256i to_bfloat16(const Floats& v) {

@@ -119,18 +119,20 @@ struct DotProduct {
   std::int64_t prefetch_rate;                    ///< bytes, a line at most; with one panel two
 };
 
-/// y[r][32 i + lane] += sum over s < steps of x[r * kShortStride + s] * panel[i][s][lane], for
-/// bfloat16 panels of few steps that lie side by side: down of one expert panel.
+/// y[token[r] * y_stride + lane] += sum over s < steps of x[r * steps + s] * panel[s][lane],
+/// for a bfloat16 panel of few steps: of down of a narrow expert.
 struct ShortDotProduct {
-  const void* panel;   ///< [panels, steps / 2, 32 lanes, 2]
-  std::int64_t steps;  ///< a multiple of kShortSteps, at most kShortStride
-  std::int64_t panels;
-  const std::uint16_t* x;  ///< [rows, kShortStride]
-  float* const* y;         ///< a pointer per row, to 32 * panels floats
+  const void* panel;          ///< [steps / 2, 32 lanes, 2]
+  std::int64_t steps;         ///< kShortSteps or twice as many
+  const std::uint16_t* x;     ///< [rows, steps]
+  const std::int32_t* token;  ///< [rows], different ones
+  float* y;
+  std::int64_t y_stride;  ///< floats
+  std::int64_t products;  ///< that many times the rows that the kernel takes at once
 };
 /// Rows of one panel that a call takes at most; of two it takes kPairRows.
 inline constexpr int kDotRows = 12;
-inline constexpr std::int64_t kShortSteps = 16, kShortStride = 32;
+inline constexpr std::int64_t kShortSteps = 16;
 
 /// What a set with dot products of bfloat16 pairs has (AVX512-BF16). Sums are float32; a pair is
 /// added at once, and subnormal numbers count as zero.

@@ -80,6 +80,15 @@ void add_scaled(float a, const float* x, float* y, std::int64_t n) {
   for (; i < n; ++i) y[i] += a * x[i];
 }
 
+void add_rows(const float* x, std::int64_t x_stride, float* y, std::int64_t y_stride,
+              std::int64_t rows, std::int64_t n) {
+  for (std::int64_t r = 0; r < rows; ++r, x += x_stride, y += y_stride) {
+    std::int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(load<Floats>(y + i) + load<Floats>(x + i), y + i);
+    for (; i < n; ++i) y[i] += x[i];
+  }
+}
+
 std::int64_t largest(const float* row, std::int64_t n) {
   constexpr std::int64_t kChains = 4;
   Floats most[kChains];
@@ -131,7 +140,7 @@ void rank(const float* row, std::int64_t n, std::int32_t* out) {
   if (n > 0) kRank[(n - 1) / kLanes](row, n, out);
 }
 
-constexpr RowKernels kRowKernels = {softmax_block, add_scaled, largest, rank};
+constexpr RowKernels kRowKernels = {softmax_block, add_scaled, add_rows, largest, rank};
 
 }  // namespace
 

@@ -21,6 +21,9 @@ struct RowKernels {
   float (*softmax_block)(float* scores, std::int64_t n, SoftmaxState* state);
   /// y += a * x.
   void (*add_scaled)(float a, const float* x, float* y, std::int64_t n);
+  /// y += x, for rows of n floats that are so far apart.
+  void (*add_rows)(const float* x, std::int64_t x_stride, float* y, std::int64_t y_stride,
+                   std::int64_t rows, std::int64_t n);
   /// Position of the largest, the lowest of equals; -1 if one is NaN or +infinity, or n is 0.
   std::int64_t (*largest)(const float* row, std::int64_t n);
   /// rank[i] = how many of the row's numbers are larger than row[i]; n at most kMostRanked. Finite
