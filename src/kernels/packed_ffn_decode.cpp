@@ -146,9 +146,9 @@ class DecodePart {
   void activate(const Expert& expert, std::int64_t panel, std::int64_t first, std::int64_t n,
                 float* hidden) const {
     const std::span<const float> biases = call_.experts.lane_bias();
-    for (std::int64_t r = 0; r < n && !biases.empty(); ++r)
-      isa_kernels().add(biases.data() + (expert.first_panel + panel) * kPanelWidth,
-                        s_.products + r * kPanelWidth, kPanelWidth);
+    if (!biases.empty())
+      row_kernels().add_rows(biases.data() + (expert.first_panel + panel) * kPanelWidth, 0,
+                             s_.products, kPanelWidth, n, kPanelWidth);
     kernels_.activate(call_.experts.activation(), call_.experts.gated(), n, s_.products,
                       s_.row_weight + first,
                       layout_.format == PanelFormat::kInt8 ? down_scales(expert, panel) : nullptr,

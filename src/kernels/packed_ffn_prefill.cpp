@@ -149,8 +149,9 @@ class PrefillPart {
                 std::int64_t m) const {
     const std::int64_t e = run.expert + (panel - run.panel) / run.each;
     const std::span<const float> biases = call_.experts.lane_bias();
-    for (std::int64_t r = 0; r < m && !biases.empty(); ++r)
-      isa_kernels().add(biases.data() + panel * kPanelWidth, product(index, r), kPanelWidth);
+    if (!biases.empty())
+      row_kernels().add_rows(biases.data() + panel * kPanelWidth, 0, product(index, 0), kPanelWidth,
+                             m, kPanelWidth);
     blocks_.activate(
         call_.experts.activation(), call_.experts.gated(), m, product(index, 0),
         shared_.weight + shared_.groups.begin[e] + first,

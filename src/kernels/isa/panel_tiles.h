@@ -9,7 +9,7 @@
 namespace cleave::CLEAVE_ISA {
 namespace {
 
-constexpr std::int64_t kShortSteps = 32;
+constexpr std::int64_t kFewSteps = 32;
 
 template <int kRows>
 CLEAVE_INLINE void tile_rows(const TileProduct& product, int first_row) {
@@ -23,7 +23,7 @@ CLEAVE_INLINE void tile_rows(const TileProduct& product, int first_row) {
     const std::int64_t column = i * kPanelWidth;
     // A long sum is added to y at its end, which rounds less than going on from y; a short one
     // begins with y, which costs no addition of its own.
-    const bool add_first = product.add && product.steps <= kShortSteps;
+    const bool add_first = product.add && product.steps <= kFewSteps;
     const bool add_last = product.add && !add_first;
     Floats sum[kRows][2];
 #pragma GCC unroll 12

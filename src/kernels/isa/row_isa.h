@@ -21,7 +21,7 @@ struct RowKernels {
   float (*softmax_block)(float* scores, std::int64_t n, SoftmaxState* state);
   /// y += a * x.
   void (*add_scaled)(float a, const float* x, float* y, std::int64_t n);
-  /// y += x, for rows of n floats that are so far apart.
+  /// y += x, for rows of n floats that are so far apart; x_stride 0 adds one row to all.
   void (*add_rows)(const float* x, std::int64_t x_stride, float* y, std::int64_t y_stride,
                    std::int64_t rows, std::int64_t n);
   /// Position of the largest, the lowest of equals; -1 if one is NaN or +infinity, or n is 0.
