@@ -104,7 +104,6 @@ class PrefillPart {
   const std::byte* down_panel(const Place& at, std::int64_t d) const {
     return at.expert + layout_.down_at(at.panels, at.index, d);
   }
-  const Value* x_row(std::int64_t token) const { return shared_.x + token * x_stride_; }
   float* product(std::int64_t panel, std::int64_t row) const {
     return s_.products + (panel * kRowGroup + row) * kPanelWidth;
   }
@@ -133,13 +132,12 @@ class PrefillPart {
                            : same_group ? place(run, begin)
                                         : after;
         const std::int64_t next_block = same_block ? b : same_group ? b + 1 : 0;
-        blocks_.multiply(
-            block,
-            {gate_up(next, next_block), panel_bytes(layout_.format, block_steps_), panels,
-             gate_up_stride(next)},
-            m, b > 0, kRowGroup * kPanelWidth,
-            [&](std::int64_t r) { return x_row(token[r]) + b * block_steps_; },
-            [&](std::int64_t r) { return product(p - begin, r); });
+        blocks_.multiply(block,
+                         {gate_up(next, next_block), panel_bytes(layout_.format, block_steps_),
+                          panels, gate_up_stride(next)},
+                         m, b > 0, kRowGroup * kPanelWidth,
+                         {shared_.x + b * block_steps_, x_stride_, token},
+                         {product(p - begin, 0), kPanelWidth, nullptr});
       }
     }
     for (std::int64_t p = begin; p < end; ++p) activate(run, p, p - begin, first, m);
@@ -227,11 +225,10 @@ class PrefillPart {
       const std::int64_t next_panels = std::min(chunk_of(after), after.panel_end - next);
       for (std::int64_t i = 0; i < n; i += together) {
         const std::int64_t outputs = std::min(together, n - i);
-        blocks_.multiply(
-            down_block(run, p, panels, d + i, outputs),
-            next_down(after, next, next_panels, (last ? next_d : d) + i, outputs), run.rows, true,
-            kPanelWidth, [&](std::int64_t r) { return h + r * run.stride; },
-            [&](std::int64_t r) { return s_.sums + token[r] * stride + i * kPanelWidth; });
+        blocks_.multiply(down_block(run, p, panels, d + i, outputs),
+                         next_down(after, next, next_panels, (last ? next_d : d) + i, outputs),
+                         run.rows, true, kPanelWidth, {h, run.stride, nullptr},
+                         {s_.sums + i * kPanelWidth, stride, token});
       }
     }
   }

@@ -130,6 +130,7 @@ class BlockLoop {
     if constexpr (kRounds)
       for (std::int64_t r = 0; r < rows; ++r)
         Blocks::set_row(x_.row(row_begin + r), K, rounded_ + r * stride(K));
+    const RowList<const Value> x = rows_of_x(row_begin);
     const std::int64_t together = Blocks::panels(rows);
     for (std::int64_t p = panel_begin; p < panel_end; p += together) {
       const std::int64_t panels = std::min(together, panel_end - p);
@@ -148,9 +149,8 @@ class BlockLoop {
              output_.y.cols - p * kPanelWidth <= kPanelWidth / 2},
             {at(next, same ? s + steps : 0), kRounds ? 0 : panel_bytes(format_, block_steps_),
              panels, weight_.panel_bytes()},
-            rows, s > 0, pass_ * kPanelWidth,
-            [&](std::int64_t r) { return row_of_x(row_begin, r) + s; },
-            [&](std::int64_t r) { return results_ + r * kPanelWidth; });
+            rows, s > 0, pass_ * kPanelWidth, {x.begin + s, x.stride, nullptr},
+            {results_, kPanelWidth, nullptr});
       }
       for (std::int64_t i = 0; i < panels; ++i)
         output_.store(results_ + i * pass_ * kPanelWidth, p + i, row_begin, rows);
@@ -161,11 +161,11 @@ class BlockLoop {
   static constexpr bool kRounds = !std::is_same_v<Value, float>;
   /// Values from row to row, an odd number of lines.
   static std::int64_t stride(std::int64_t K) { return ((K + 1 + 31) / 32 | 1) * 32; }
-  const Value* row_of_x(std::int64_t row_begin, std::int64_t r) const {
+  RowList<const Value> rows_of_x(std::int64_t row_begin) const {
     if constexpr (kRounds)
-      return rounded_ + r * stride(x_.cols);
+      return {rounded_, stride(x_.cols), nullptr};
     else
-      return x_.row(row_begin + r);
+      return {x_.row(row_begin), x_.row_stride, nullptr};
   }
   const std::byte* at(std::int64_t p, std::int64_t step) const {
     return weight_.data() + p * weight_.panel_bytes() + scale_bytes(format_) +

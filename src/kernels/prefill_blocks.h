@@ -30,6 +30,21 @@ struct NextBlock {
   std::int64_t bytes, count, stride;
 };
 
+/// Rows of a matrix, one behind the other or by their numbers.
+template <typename T>
+struct RowList {
+  T* begin;
+  std::int64_t stride;        ///< of T
+  const std::int32_t* index;  ///< or nullptr
+
+  T* operator()(std::int64_t r) const { return begin + (index != nullptr ? index[r] : r) * stride; }
+  /// Without the first n.
+  RowList after(std::int64_t n) const {
+    if (index != nullptr) return {begin, stride, index + n};
+    return {begin + n * stride, stride, nullptr};
+  }
+};
+
 /// Weights are unpacked to floats, two panels at a time, into a second-level cache; those that are
 /// floats in one piece are multiplied where they lie.
 class UnpackedBlocks {
@@ -57,10 +72,10 @@ class UnpackedBlocks {
     kernels_.activate(activation, gated, rows, in, weight, step_scale, h, stride);
   }
 
-  /// m rows, whose operands and results are where x_of(row) and y_of(row) say.
-  template <typename XOf, typename YOf>
+  /// y (+)= x times the block, for m rows.
   void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
-                std::int64_t panel_offset, const XOf& x_of, const YOf& y_of) const {
+                std::int64_t panel_offset, const RowList<const float>& x_of,
+                const RowList<float>& y_of) const {
     const bool pair = block.panels == 2;
     const auto* kernels = pair         ? kernels_.multiply_pair
                           : block.half ? kernels_.multiply_half
@@ -164,9 +179,9 @@ class DotBlocks {
     kernels_.activate(activation, gated, rows, in, weight, h, stride);
   }
 
-  template <typename XOf, typename YOf>
   void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
-                std::int64_t panel_offset, const XOf& x_of, const YOf& y_of) const {
+                std::int64_t panel_offset, const RowList<const Value>& x,
+                const RowList<float>& y) const {
     const bool pair = block.panels == 2;
     const auto* kernels = pair ? kernels_.multiply_pair : kernels_.multiply_block;
     const std::int64_t most = pair ? kPairRows : kDotRows, products = (m + most - 1) / most;
@@ -175,31 +190,32 @@ class DotBlocks {
     // two steps, for all products.
     const std::int64_t rate = (2 * kLine + products - 1) / products;
     const std::int64_t second = !pair ? rate / 2 : block.pieces > 1 ? next.bytes / 2 : next.stride;
-    const std::uint16_t* x[kDotRows];
-    float* y[kDotRows];
-    for (std::int64_t i = 0; i < products; ++i) {
-      // Equal shares, because a product of few rows waits for its own sums.
-      const std::int64_t first = m * i / products, rows = m * (i + 1) / products - first;
-      for (std::int64_t r = 0; r < rows; ++r) {
-        x[r] = x_of(first + r);
-        y[r] = y_of(first + r);
-      }
-      for (std::int64_t r = first + rows; r < m * (i + 2) / products && i + 1 < products; ++r)
-        fetch_row(x_of(r), y_of(r), block.panels, panel_offset);
-      const std::byte* fetch = next.begin + pairs * 2 * i / products * kLine;
+    const auto run = [&](std::int64_t rows, std::int64_t first_product, std::int64_t first,
+                         std::int64_t count) {
+      const auto [x_begin, x_stride, x_row] = x.after(first);
+      const auto [y_begin, y_stride, y_row] = y.after(first);
       kernels[rows - 1]({{block.panel[0], block.panel[1]},
                          block.piece_steps,
                          block.pieces,
                          block.piece_stride,
-                         x,
-                         y,
+                         x_begin,
+                         x_stride,
+                         x_row,
+                         y_begin,
+                         y_stride,
+                         y_row,
                          panel_offset,
                          add,
-                         reinterpret_cast<const char*>(fetch),
+                         count,
+                         reinterpret_cast<const char*>(next.begin) + first_product * pairs * rate,
                          second,
                          next.stride,
                          rate});
-    }
+    };
+    // Equal shares, some of a row more, because a product of few rows waits for its own sums.
+    const std::int64_t rows = m / products, larger = m % products;
+    if (larger > 0) run(rows + 1, 0, 0, larger);
+    run(rows, larger, larger * (rows + 1), products - larger);
   }
 
   /// y[token[r]] += row r of h times a panel, for m rows of kShortSteps or twice as many; those of
@@ -218,15 +234,6 @@ class DotBlocks {
 
  private:
   static constexpr std::int64_t kLine = 64, kFewRows = 64;
-
-  /// What the next product begins with; the rest of x is then fetched by the machine itself.
-  static void fetch_row(const Value* x, const float* y, std::int64_t panels,
-                        std::int64_t panel_offset) {
-    for (int line = 0; line < 4; ++line)
-      __builtin_prefetch(reinterpret_cast<const char*>(x) + line * kLine, 0, 3);
-    for (std::int64_t p = 0; p < panels; ++p, y += panel_offset)
-      for (int half = 0; half < 2; ++half) __builtin_prefetch(y + half * kPanelWidth / 2, 1, 3);
-  }
 
   const DotKernels& kernels_;
 };

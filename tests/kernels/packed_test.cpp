@@ -386,56 +386,72 @@ std::vector<std::uint16_t> as_bf16(std::span<const float> values) {
   return halves;
 }
 
+/// n different numbers below `of`, in any order.
+std::vector<std::int32_t> some_rows(std::mt19937& rng, std::int64_t n, std::int64_t of) {
+  std::vector<std::int32_t> rows(of);
+  std::iota(rows.begin(), rows.end(), 0);
+  std::shuffle(rows.begin(), rows.end(), rng);
+  rows.resize(n);
+  return rows;
+}
+
+// Rows of x by their numbers, or those of y, or neither.
 TEST(DotKernels, MultiplyPanelsInPieces) {
   const PanelKernels* kernels = find_panel_kernels("avx512bf16");
   if (kernels == nullptr) GTEST_SKIP() << "this CPU has no AVX512-BF16";
+  constexpr std::int64_t kProducts = 2, kRows = kProducts * kDotRows + 1;
   for (const std::int64_t panels : {1, 2})
     for (std::int64_t rows = 1; rows <= (panels == 2 ? kPairRows : kDotRows); ++rows)
       for (const auto& [pieces, steps] :
            {std::pair<std::int64_t, std::int64_t>{1, 1}, {1, 7}, {1, 130}, {3, 16}, {5, 32}})
-        for (const bool add : {false, true}) {
-          std::mt19937 rng(static_cast<unsigned>(panels * 1000 + rows * 100 + pieces + steps));
-          PanelPieces w(rng, panels, pieces, steps, 192);
-          const std::int64_t all = pieces * steps, padded = (all + 1) / 2 * 2;
-          OwnedMatrix x = random_bf16_matrix(rng, rows, padded);
-          for (std::int64_t r = 0; r < rows && padded > all; ++r) x.view()(r, all) = 0.0f;
-          const std::vector<std::uint16_t> halves = as_bf16(x.values);
-          const OwnedMatrix start = random_matrix(rng, rows + 1, panels * kPanelWidth);
-          OwnedMatrix y = start;
-          const std::uint16_t* in[kDotRows];
-          float* out[kDotRows];
-          for (std::int64_t r = 0; r < rows; ++r) {
-            in[r] = halves.data() + r * padded;
-            out[r] = y.view().row(r);
-          }
-          const auto* blocks =
-              panels == 2 ? kernels->dots->multiply_pair : kernels->dots->multiply_block;
-          blocks[rows - 1]({{w.at(0), w.at(panels - 1)},
-                            steps,
-                            pieces,
-                            w.stride,
-                            in,
-                            out,
-                            kPanelWidth,
-                            add,
-                            reinterpret_cast<const char*>(w.at(0)),
-                            0,
-                            0,
-                            64});
-          for (std::int64_t r = 0; r <= rows; ++r)
-            for (std::int64_t i = 0; i < panels * kPanelWidth; ++i) {
-              double sum = add || r == rows ? start.view()(r, i) : 0.0, size = std::abs(sum);
-              for (std::int64_t s = 0; r < rows && s < all; ++s) {
-                const double term = static_cast<double>(x.view()(r, s)) *
-                                    w.weights[i / kPanelWidth][s * kPanelWidth + i % kPanelWidth];
-                sum += term;
-                size += std::abs(term);
+        for (int lists = 0; lists < 3; ++lists)
+          for (const bool add : {false, true}) {
+            std::mt19937 rng(static_cast<unsigned>(panels * 1000 + rows * 100 + pieces + steps));
+            PanelPieces w(rng, panels, pieces, steps, 192);
+            const std::int64_t all = pieces * steps, padded = (all + 1) / 2 * 2;
+            OwnedMatrix x = random_bf16_matrix(rng, kRows, padded);
+            for (std::int64_t r = 0; r < kRows && padded > all; ++r) x.view()(r, all) = 0.0f;
+            const std::vector<std::uint16_t> halves = as_bf16(x.values);
+            const OwnedMatrix start = random_matrix(rng, kRows, panels * kPanelWidth);
+            OwnedMatrix y = start;
+            const std::vector<std::int32_t> some = some_rows(rng, kProducts * rows, kRows);
+            const auto* blocks =
+                panels == 2 ? kernels->dots->multiply_pair : kernels->dots->multiply_block;
+            blocks[rows - 1]({{w.at(0), w.at(panels - 1)},
+                              steps,
+                              pieces,
+                              w.stride,
+                              halves.data(),
+                              padded,
+                              lists == 1 ? some.data() : nullptr,
+                              y.values.data(),
+                              panels * kPanelWidth,
+                              lists == 2 ? some.data() : nullptr,
+                              kPanelWidth,
+                              add,
+                              kProducts,
+                              reinterpret_cast<const char*>(w.at(0)),
+                              0,
+                              0,
+                              64});
+            std::vector<std::int64_t> source(kRows, -1);  // of each row of y
+            for (std::int64_t r = 0; r < kProducts * rows; ++r)
+              source[lists == 2 ? some[r] : r] = lists == 1 ? some[r] : r;
+            for (std::int64_t r = 0; r < kRows; ++r)
+              for (std::int64_t i = 0; i < panels * kPanelWidth; ++i) {
+                double sum = add || source[r] < 0 ? start.view()(r, i) : 0.0;
+                double size = std::abs(sum);
+                for (std::int64_t s = 0; source[r] >= 0 && s < all; ++s) {
+                  const double term = static_cast<double>(x.view()(source[r], s)) *
+                                      w.weights[i / kPanelWidth][s * kPanelWidth + i % kPanelWidth];
+                  sum += term;
+                  size += std::abs(term);
+                }
+                ASSERT_NEAR(y.view()(r, i), sum, sum_bound(all + 2) * size)
+                    << "panels " << panels << " rows " << rows << " pieces " << pieces << " steps "
+                    << steps << " lists " << lists << " row " << r << " lane " << i;
               }
-              ASSERT_NEAR(y.view()(r, i), sum, sum_bound(all + 2) * size)
-                  << "panels " << panels << " rows " << rows << " pieces " << pieces << " steps "
-                  << steps << " row " << r << " lane " << i;
-            }
-        }
+          }
 }
 
 TEST(DotKernels, MultiplyShortPanelsIntoRowsOfTokens) {

@@ -26,58 +26,72 @@ CLEAVE_INLINE Words splat_pair(const std::uint16_t* x) {
   return Words{} + pair;
 }
 
+CLEAVE_INLINE std::int64_t row_at(const std::int32_t* rows, std::int64_t r) {
+  return rows != nullptr ? rows[r] : r;
+}
+
 /// kPairs: of steps in a piece, where that is known; or 0. Loops that short gain a twentieth by it.
+/// One call for all products: the last additions and stores of one go on under the next.
 template <int kRows, int kPanels, int kPairs>
 CLEAVE_INLINE void multiply_pieces(const DotProduct& product) {
   constexpr int kVectors = 2 * kPanels;
-  const std::uint16_t* x[kRows];
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; ++r) x[r] = product.x[r];
-  const char* piece[kPanels];
-#pragma GCC unroll 2
-  for (int p = 0; p < kPanels; ++p) piece[p] = static_cast<const char*>(product.panel[p]);
   const std::int64_t pairs = kPairs > 0 ? kPairs : (product.piece_steps + 1) / 2;
-  Floats sum[kRows][kVectors] = {};
-
-  std::int64_t at = 0;
-  for (std::int64_t i = 0; i < product.pieces; ++i) {
-    const char* prefetch = product.prefetch + i * product.prefetch_stride;
-#pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p)
-      for (int l = 0; l < 4; ++l)
-        __builtin_prefetch(piece[p] + product.piece_stride + 64 * l, 0, 3);
-    for (std::int64_t s = 0; s < pairs; ++s, at += 2) {
-      __builtin_prefetch(prefetch, 0, 2);
-      if (kPanels == 2 || product.prefetch_rate > 64)
-        __builtin_prefetch(prefetch + product.prefetch_panel, 0, 2);
-      prefetch += product.prefetch_rate;
-      Words w[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) w[v] = load<Words>(piece[v / 2] + s * 128 + v % 2 * 64);
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const Words pair = splat_pair(x[r] + at);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) dot_add(sum[r][v], pair, w[v]);
-      }
-    }
-#pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) piece[p] += product.piece_stride;
-  }
-  const auto finish = [&](auto adds) __attribute__((always_inline)) {
+  const std::int64_t rate = product.prefetch_rate;
+  const bool two_lines = kPanels == 2 || rate > 64;
+  for (std::int64_t n = 0; n < product.products; ++n) {
+    const std::int64_t first = n * kRows;
+    const std::uint16_t* x[kRows];
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r)
+      x[r] = product.x + row_at(product.x_row, first + r) * product.x_stride;
+    const char* piece[kPanels];
+#pragma GCC unroll 2
+    for (int p = 0; p < kPanels; ++p) piece[p] = static_cast<const char*>(product.panel[p]);
+    const char* piece_prefetch = product.prefetch + n * pairs * rate;
+    Floats sum[kRows][kVectors] = {};
+
+    std::int64_t at = 0;
+    for (std::int64_t i = 0; i < product.pieces; ++i) {
+      const char* prefetch = piece_prefetch;
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p)
+        for (int l = 0; l < 4; ++l)
+          __builtin_prefetch(piece[p] + product.piece_stride + 64 * l, 0, 3);
+      for (std::int64_t s = 0; s < pairs; ++s, at += 2) {
+        __builtin_prefetch(prefetch, 0, 2);
+        if (two_lines) __builtin_prefetch(prefetch + product.prefetch_panel, 0, 2);
+        prefetch += rate;
+        Words w[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        float* to = product.y[r] + v / 2 * product.panel_offset + v % 2 * 16;
-        if constexpr (adds) sum[r][v] += load<Floats>(to);
-        store(sum[r][v], to);
+        for (int v = 0; v < kVectors; ++v) w[v] = load<Words>(piece[v / 2] + s * 128 + v % 2 * 64);
+#pragma GCC unroll 12
+        for (int r = 0; r < kRows; ++r) {
+          const Words pair = splat_pair(x[r] + at);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) dot_add(sum[r][v], pair, w[v]);
+        }
       }
-  };
-  if (product.add)
-    finish(std::true_type());
-  else
-    finish(std::false_type());
+#pragma GCC unroll 2
+      for (int p = 0; p < kPanels; ++p) piece[p] += product.piece_stride;
+      piece_prefetch += product.prefetch_stride;
+    }
+    const auto finish = [&](auto adds) __attribute__((always_inline)) {
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        float* y = product.y + row_at(product.y_row, first + r) * product.y_stride;
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          float* to = y + v / 2 * product.panel_offset + v % 2 * 16;
+          if constexpr (adds) sum[r][v] += load<Floats>(to);
+          store(sum[r][v], to);
+        }
+      }
+    };
+    if (product.add)
+      finish(std::true_type());
+    else
+      finish(std::false_type());
+  }
 }
 
 template <int kRows, int kPanels>

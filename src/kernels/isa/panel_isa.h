@@ -101,16 +101,22 @@ struct UnpackProduct {
 };
 
 /// y[r][i * panel_offset + lane] (+)= sum over s of x[r][s] * panel[i][s][lane] for one bfloat16
-/// panel or two, as they are packed, and rows of bfloat16.
+/// panel or two, as they are packed, and rows of bfloat16: row r of x begins at
+/// x + x_row[r] * x_stride, or at x + r * x_stride without x_row; the rows of y likewise.
 struct DotProduct {
   const void* panel[2];  ///< the first piece of each, as in UnpackProduct
   std::int64_t piece_steps;
   std::int64_t pieces;
-  std::int64_t piece_stride;      ///< bytes
-  const std::uint16_t* const* x;  ///< a pointer per row, to all steps, made even by a zero
-  float* const* y;                ///< a pointer per row, to 32 floats per panel
-  std::int64_t panel_offset;      ///< in y, floats
+  std::int64_t piece_stride;  ///< bytes
+  const std::uint16_t* x;     ///< rows of all steps, made even by a zero
+  std::int64_t x_stride;
+  const std::int32_t* x_row;
+  float* y;  ///< rows of 32 floats per panel
+  std::int64_t y_stride;
+  const std::int32_t* y_row;  ///< different ones
+  std::int64_t panel_offset;  ///< in y, floats
   bool add;
+  std::int64_t products;  ///< that many times the rows that the kernel takes at once
   /// What to fetch from memory meanwhile: in every two steps the line `prefetch_rate` bytes behind
   /// the last one, from `prefetch` on, and another `prefetch_panel` bytes behind it (with one panel
   /// only where the rate is above a line).
