@@ -189,7 +189,7 @@ class DotBlocks {
     // Every product fetches an equal share of each piece that comes next: two lines of a panel per
     // two steps, for all products.
     const std::int64_t rate = (2 * kLine + products - 1) / products;
-    const std::int64_t second = !pair ? rate / 2 : block.pieces > 1 ? next.bytes / 2 : next.stride;
+    const std::int64_t second = block.pieces > 1 ? next.bytes / 2 : next.stride;
     const auto run = [&](std::int64_t rows, std::int64_t first_product, std::int64_t first,
                          std::int64_t count) {
       const auto [x_begin, x_stride, x_row] = x.after(first);

@@ -37,7 +37,6 @@ CLEAVE_INLINE void multiply_pieces(const DotProduct& product) {
   constexpr int kVectors = 2 * kPanels;
   const std::int64_t pairs = kPairs > 0 ? kPairs : (product.piece_steps + 1) / 2;
   const std::int64_t rate = product.prefetch_rate;
-  const bool two_lines = kPanels == 2 || rate > 64;
   for (std::int64_t n = 0; n < product.products; ++n) {
     const std::int64_t first = n * kRows;
     const std::uint16_t* x[kRows];
@@ -59,7 +58,8 @@ CLEAVE_INLINE void multiply_pieces(const DotProduct& product) {
           __builtin_prefetch(piece[p] + product.piece_stride + 64 * l, 0, 3);
       for (std::int64_t s = 0; s < pairs; ++s, at += 2) {
         __builtin_prefetch(prefetch, 0, 2);
-        if (two_lines) __builtin_prefetch(prefetch + product.prefetch_panel, 0, 2);
+        // Of one panel always, needed or not: a branch would cost two registers for addresses.
+        __builtin_prefetch(prefetch + (kPanels == 2 ? product.prefetch_panel : 64), 0, 2);
         prefetch += rate;
         Words w[kVectors];
 #pragma GCC unroll 4

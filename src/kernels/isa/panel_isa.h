@@ -118,8 +118,8 @@ struct DotProduct {
   bool add;
   std::int64_t products;  ///< that many times the rows that the kernel takes at once
   /// What to fetch from memory meanwhile: in every two steps the line `prefetch_rate` bytes behind
-  /// the last one, from `prefetch` on, and another `prefetch_panel` bytes behind it (with one panel
-  /// only where the rate is above a line).
+  /// the last one, from `prefetch` on. And the line behind that; of two panels, the one
+  /// `prefetch_panel` bytes behind it.
   const char* prefetch;
   std::int64_t prefetch_panel, prefetch_stride;  ///< bytes; the latter from piece to piece
   std::int64_t prefetch_rate;                    ///< bytes, a line at most; with one panel two
