@@ -190,32 +190,30 @@ class DotBlocks {
     // two steps, for all products.
     const std::int64_t rate = (2 * kLine + products - 1) / products;
     const std::int64_t second = block.pieces > 1 ? next.bytes / 2 : next.stride;
-    const auto run = [&](std::int64_t rows, std::int64_t first_product, std::int64_t first,
-                         std::int64_t count) {
-      const auto [x_begin, x_stride, x_row] = x.after(first);
-      const auto [y_begin, y_stride, y_row] = y.after(first);
-      kernels[rows - 1]({{block.panel[0], block.panel[1]},
-                         block.piece_steps,
-                         block.pieces,
-                         block.piece_stride,
-                         x_begin,
-                         x_stride,
-                         x_row,
-                         y_begin,
-                         y_stride,
-                         y_row,
-                         panel_offset,
-                         add,
-                         count,
-                         reinterpret_cast<const char*>(next.begin) + first_product * pairs * rate,
-                         second,
-                         next.stride,
-                         rate});
-    };
-    // Equal shares, some of a row more, because a product of few rows waits for its own sums.
-    const std::int64_t rows = m / products, larger = m % products;
-    if (larger > 0) run(rows + 1, 0, 0, larger);
-    run(rows, larger, larger * (rows + 1), products - larger);
+    in_equal_shares(
+        m, products,
+        [&](std::int64_t rows, std::int64_t count, std::int64_t first_product, std::int64_t first) {
+          const auto [x_begin, x_stride, x_row] = x.after(first);
+          const auto [y_begin, y_stride, y_row] = y.after(first);
+          kernels[rows - 1](
+              {{block.panel[0], block.panel[1]},
+               block.piece_steps,
+               block.pieces,
+               block.piece_stride,
+               x_begin,
+               x_stride,
+               x_row,
+               y_begin,
+               y_stride,
+               y_row,
+               panel_offset,
+               add,
+               count,
+               reinterpret_cast<const char*>(next.begin) + first_product * pairs * rate,
+               second,
+               next.stride,
+               rate});
+        });
   }
 
   /// y[token[r]] += row r of h times a panel, for m rows of kShortSteps or twice as many; those of
@@ -224,16 +222,24 @@ class DotBlocks {
                       const Value* h, std::int64_t m, const std::int32_t* token, float* y,
                       std::int64_t y_stride) const {
     for (std::int64_t line = 0; line < steps; ++line) __builtin_prefetch(next + line * kLine, 0, 2);
-    // Products of equal shares, some of them of one row more.
-    const std::int64_t products = (m + kDotRows - 1) / kDotRows, rows = m / products;
-    const std::int64_t larger = m % products, at = larger * (rows + 1);
-    if (larger > 0) kernels_.multiply_short[rows]({panel, steps, h, token, y, y_stride, larger});
-    kernels_.multiply_short[rows - 1](
-        {panel, steps, h + at * steps, token + at, y, y_stride, products - larger});
+    in_equal_shares(m, (m + kDotRows - 1) / kDotRows,
+                    [&](std::int64_t rows, std::int64_t count, std::int64_t, std::int64_t first) {
+                      kernels_.multiply_short[rows - 1](
+                          {panel, steps, h + first * steps, token + first, y, y_stride, count});
+                    });
   }
 
  private:
   static constexpr std::int64_t kLine = 64, kFewRows = 64;
+
+  /// Cuts m rows into products of equal shares, some of a row more: one of few rows waits for its
+  /// own sums. body(rows of a product, how many such follow, the first one's number, its first row)
+  template <typename Body>
+  static void in_equal_shares(std::int64_t m, std::int64_t products, const Body& body) {
+    const std::int64_t rows = m / products, larger = m % products;
+    if (larger > 0) body(rows + 1, larger, 0, 0);
+    body(rows, products - larger, larger, larger * (rows + 1));
+  }
 
   const DotKernels& kernels_;
 };
