@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/isa/panel_isa.h"
 #include "kernels/isa/wide.h"
@@ -18,47 +19,73 @@ CLEAVE_INLINE Floats clamp(const Floats& x, float low, float high) {
 
 CLEAVE_INLINE Floats exp(const Floats& x) { return exp_in_range(clamp(x, -87.3f, 88.3f)); }
 
-CLEAVE_INLINE Floats act(Activation activation, const Floats& x) {
-  switch (activation) {
-    case Activation::kSilu:
-      return x / (1.0f + exp(-x));
-    case Activation::kGelu: {
-      float y[16];
-      store(x, y);
-      for (float& v : y) v = 0.5f * v * (1.0f + ::erff(v * 0.70710678f));
-      return load<Floats>(y);
-    }
-    case Activation::kGeluTanh:  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
-      return x / (1.0f + exp(-1.5957691216f * (x + 0.044715f * x * x * x)));
-    case Activation::kRelu:
-      return select(x > Floats{}, x, Floats{});
-    case Activation::kRelu2: {
-      const Floats positive = select(x > Floats{}, x, Floats{});
-      return positive * positive;
-    }
-    case Activation::kIdentity:
-      break;
+template <Activation kActivation>
+CLEAVE_INLINE Floats act(const Floats& x) {
+  if constexpr (kActivation == Activation::kSilu) {
+    return x / (1.0f + exp(-x));
+  } else if constexpr (kActivation == Activation::kGelu) {
+    float y[16];
+    store(x, y);
+    for (float& v : y) v = 0.5f * v * (1.0f + ::erff(v * 0.70710678f));
+    return load<Floats>(y);
+  } else if constexpr (kActivation == Activation::kGeluTanh) {  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
+    return x / (1.0f + exp(-1.5957691216f * (x + 0.044715f * x * x * x)));
+  } else if constexpr (kActivation == Activation::kRelu) {
+    return select(x > Floats{}, x, Floats{});
+  } else if constexpr (kActivation == Activation::kRelu2) {
+    const Floats positive = select(x > Floats{}, x, Floats{});
+    return positive * positive;
+  } else {
+    static_assert(kActivation == Activation::kIdentity);
+    return x;
   }
-  return x;
 }
 
-/// `put` stores 16 values of h.
+template <Activation kActivation, bool kGated, typename Value, typename Put>
+void activate_rows_by(std::int64_t rows, const float* in, const float* weight,
+                      const float* step_scale, Value* h, std::int64_t stride, const Put& put) {
+  for (std::int64_t r = 0; r < rows; ++r, in += kPanelWidth, h += stride) {
+    const Floats first = load<Floats>(in), second = load<Floats>(in + 16);
+    const Floats scale = splat(weight[r]);
+    Floats out[2] = {act<kActivation>(first) * scale, {}};
+    if constexpr (kGated)
+      out[0] *= second;
+    else
+      out[1] = act<kActivation>(second) * scale;
+#pragma GCC unroll 2
+    for (int half = 0; half < (kGated ? 1 : 2); ++half) {
+      if (step_scale != nullptr) out[half] *= load<Floats>(step_scale + half * 16);
+      put(out[half], h + half * 16);
+    }
+  }
+}
+
+/// `put` stores 16 values of h. A loop per activation: with the choice inside it, constants are
+/// loaded and x goes through memory for every row.
 template <typename Value, typename Put>
 CLEAVE_INLINE void activate_rows(Activation activation, bool gated, std::int64_t rows,
                                  const float* in, const float* weight, const float* step_scale,
                                  Value* h, std::int64_t stride, const Put& put) {
-  for (std::int64_t r = 0; r < rows; ++r, in += kPanelWidth, h += stride) {
-    const Floats first = load<Floats>(in), second = load<Floats>(in + 16);
-    const Floats scale = splat(weight[r]);
-    Floats out[2] = {act(activation, first) * scale, {}};
+  const auto run = [&](auto constant) {
+    constexpr Activation kActivation = decltype(constant)::value;
     if (gated)
-      out[0] *= second;
+      activate_rows_by<kActivation, true>(rows, in, weight, step_scale, h, stride, put);
     else
-      out[1] = act(activation, second) * scale;
-    for (int half = 0; half < (gated ? 1 : 2); ++half) {
-      if (step_scale != nullptr) out[half] *= load<Floats>(step_scale + half * 16);
-      put(out[half], h + half * 16);
-    }
+      activate_rows_by<kActivation, false>(rows, in, weight, step_scale, h, stride, put);
+  };
+  switch (activation) {
+    case Activation::kSilu:
+      return run(std::integral_constant<Activation, Activation::kSilu>());
+    case Activation::kGelu:
+      return run(std::integral_constant<Activation, Activation::kGelu>());
+    case Activation::kGeluTanh:
+      return run(std::integral_constant<Activation, Activation::kGeluTanh>());
+    case Activation::kRelu:
+      return run(std::integral_constant<Activation, Activation::kRelu>());
+    case Activation::kRelu2:
+      return run(std::integral_constant<Activation, Activation::kRelu2>());
+    case Activation::kIdentity:
+      return run(std::integral_constant<Activation, Activation::kIdentity>());
   }
 }
 

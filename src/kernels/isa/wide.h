@@ -149,8 +149,12 @@ CLEAVE_INLINE Words as_words(const Floats& f) { return load<Words>(&f); }
 CLEAVE_INLINE Words as_words(const Ints& i) { return load<Words>(&i); }
 /// Lane by lane; a mask's lanes are all ones or zero.
 CLEAVE_INLINE Floats select(const Ints& mask, const Floats& yes, const Floats& no) {
+#if defined(__AVX512F__)
+  return mask ? yes : no;
+#else
   const Words m = as_words(mask);
   return as_floats((as_words(yes) & m) | (as_words(no) & ~m));
+#endif
 }
 
 /// exp(x) for -87.3 <= x <= 88.3, relative error below 2e-7: x = n ln 2 + r, |r| <= ln 2 / 2, a
