@@ -26,6 +26,8 @@ if(isa_sources)
     target_compile_definitions(cleave_compute PRIVATE CLEAVE_HAVE_X86_ISA)
     cleave_add_isa(avx2 -mavx2 -mfma -mf16c)
     cleave_add_isa(avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+    enable_language(ASM)
+    target_sources(cleave_avx512 PRIVATE ${PROJECT_SOURCE_DIR}/src/kernels/isa/dot_products.S)
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
     # Part of every 64-bit ARM, so it needs no option; `scalar` differs in what panel_isa.cpp does by
     # hand.

@@ -73,7 +73,7 @@ class PrefillPart {
       // Each run's products fetch a share of y.
       for (std::int64_t t = y_.rows * i / runs; t < y_.rows * (i + 1) / runs; ++t)
         for (std::int64_t c = 0; c < columns; c += kLineValues<float>)
-          __builtin_prefetch(y_.row(t) + column + c, 1, 2);
+          __builtin_prefetch(y_.row(t) + column + c, 1, 3);
       const bool last = i + 1 == runs;
       down_run(shared_.runs[i], d, n, shared_.runs[last ? 0 : i + 1],
                last ? std::min(d + n, panels - 1) : d);
@@ -138,9 +138,10 @@ class PrefillPart {
                          m, b > 0, kRowGroup * kPanelWidth,
                          {shared_.x + b * block_steps_, x_stride_, token},
                          {product(p - begin, 0), kPanelWidth, nullptr});
+        if (b + 1 == blocks)
+          for (std::int64_t i = p; i < p + panels; ++i) activate(run, i, i - begin, first, m);
       }
     }
-    for (std::int64_t p = begin; p < end; ++p) activate(run, p, p - begin, first, m);
   }
 
   void activate(const Run& run, std::int64_t panel, std::int64_t index, std::int64_t first,

@@ -38,11 +38,6 @@ struct RowList {
   const std::int32_t* index;  ///< or nullptr
 
   T* operator()(std::int64_t r) const { return begin + (index != nullptr ? index[r] : r) * stride; }
-  /// Without the first n.
-  RowList after(std::int64_t n) const {
-    if (index != nullptr) return {begin, stride, index + n};
-    return {begin + n * stride, stride, nullptr};
-  }
 };
 
 /// Weights are unpacked to floats, two panels at a time, into a second-level cache; those that are
@@ -183,37 +178,39 @@ class DotBlocks {
                 std::int64_t panel_offset, const RowList<const Value>& x,
                 const RowList<float>& y) const {
     const bool pair = block.panels == 2;
-    const auto* kernels = pair ? kernels_.multiply_pair : kernels_.multiply_block;
     const std::int64_t most = pair ? kPairRows : kDotRows, products = (m + most - 1) / most;
-    const std::int64_t pairs = (block.piece_steps + 1) / 2;
+    const std::int64_t pairs = (block.piece_steps + 1) / 2, piece = pairs * 2 * kLine;
     // Every product fetches an equal share of each piece that comes next: two lines of a panel per
-    // two steps, for all products.
-    const std::int64_t rate = (2 * kLine + products - 1) / products;
+    // two steps, for all products. More prefetches than it takes would cost 1 %.
+    const std::int64_t rate = (2 * kLine + products - 1) / products, share = pairs * rate;
+    const DotKernel* kernels = pair           ? kernels_.multiply_pair
+                               : rate > kLine ? kernels_.multiply_alone
+                                              : kernels_.multiply_block;
     const std::int64_t second = block.pieces > 1 ? next.bytes / 2 : next.stride;
-    in_equal_shares(
-        m, products,
-        [&](std::int64_t rows, std::int64_t count, std::int64_t first_product, std::int64_t first) {
-          const auto [x_begin, x_stride, x_row] = x.after(first);
-          const auto [y_begin, y_stride, y_row] = y.after(first);
-          kernels[rows - 1](
-              {{block.panel[0], block.panel[1]},
-               block.piece_steps,
-               block.pieces,
-               block.piece_stride,
-               x_begin,
-               x_stride,
-               x_row,
-               y_begin,
-               y_stride,
-               y_row,
-               panel_offset,
-               add,
-               count,
-               reinterpret_cast<const char*>(next.begin) + first_product * pairs * rate,
-               second,
-               next.stride,
-               rate});
-        });
+    const auto* fetch = reinterpret_cast<const char*>(next.begin);
+    in_equal_shares(m, products, [&](std::int64_t rows, std::int64_t count, std::int64_t first) {
+      const Value* x_row[kListed];
+      float* y_row[kListed];
+      for (std::int64_t n; count > 0; count -= n, first += n * rows, fetch += n * share) {
+        n = std::min(count, kListed / rows);
+        for (std::int64_t r = 0; r < n * rows; ++r) x_row[r] = x(first + r);
+        for (std::int64_t r = 0; r < n * rows; ++r) y_row[r] = y(first + r);
+        kernels[rows - 1]({{block.panel[0], block.panel[1]},
+                           x_row,
+                           y_row,
+                           n,
+                           block.pieces * pairs * 4,
+                           piece,
+                           block.piece_stride - piece,
+                           panel_offset * static_cast<std::int64_t>(sizeof(float)),
+                           add,
+                           fetch,
+                           second,
+                           rate,
+                           share,
+                           next.stride - share});
+      }
+    });
   }
 
   /// y[token[r]] += row r of h times a panel, for m rows of kShortSteps or twice as many; those of
@@ -223,7 +220,7 @@ class DotBlocks {
                       std::int64_t y_stride) const {
     for (std::int64_t line = 0; line < steps; ++line) __builtin_prefetch(next + line * kLine, 0, 2);
     in_equal_shares(m, (m + kDotRows - 1) / kDotRows,
-                    [&](std::int64_t rows, std::int64_t count, std::int64_t, std::int64_t first) {
+                    [&](std::int64_t rows, std::int64_t count, std::int64_t first) {
                       kernels_.multiply_short[rows - 1](
                           {panel, steps, h + first * steps, token + first, y, y_stride, count});
                     });
@@ -231,14 +228,15 @@ class DotBlocks {
 
  private:
   static constexpr std::int64_t kLine = 64, kFewRows = 64;
+  static constexpr std::int64_t kListed = 2 * kDotRows;  ///< rows that a call takes at most
 
   /// Cuts m rows into products of equal shares, some of a row more: one of few rows waits for its
-  /// own sums. body(rows of a product, how many such follow, the first one's number, its first row)
+  /// own sums. body(rows of a product, how many such follow, the first one's first row)
   template <typename Body>
   static void in_equal_shares(std::int64_t m, std::int64_t products, const Body& body) {
     const std::int64_t rows = m / products, larger = m % products;
-    if (larger > 0) body(rows + 1, larger, 0, 0);
-    body(rows, products - larger, larger, larger * (rows + 1));
+    if (larger > 0) body(rows + 1, larger, 0);
+    body(rows, products - larger, larger * (rows + 1));
   }
 
   const DotKernels& kernels_;

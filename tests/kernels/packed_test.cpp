@@ -400,7 +400,9 @@ TEST(DotKernels, MultiplyPanelsInPieces) {
   const PanelKernels* kernels = find_panel_kernels("avx512bf16");
   if (kernels == nullptr) GTEST_SKIP() << "this CPU has no AVX512-BF16";
   constexpr std::int64_t kProducts = 2, kRows = kProducts * kDotRows + 1;
-  for (const std::int64_t panels : {1, 2})
+  const DotKernels& dots = *kernels->dots;
+  for (const DotKernel* blocks : {dots.multiply_block, dots.multiply_alone, dots.multiply_pair}) {
+    const std::int64_t panels = blocks == dots.multiply_pair ? 2 : 1;
     for (std::int64_t rows = 1; rows <= (panels == 2 ? kPairRows : kDotRows); ++rows)
       for (const auto& [pieces, steps] :
            {std::pair<std::int64_t, std::int64_t>{1, 1}, {1, 7}, {1, 130}, {3, 16}, {5, 32}})
@@ -415,25 +417,27 @@ TEST(DotKernels, MultiplyPanelsInPieces) {
             const OwnedMatrix start = random_matrix(rng, kRows, panels * kPanelWidth);
             OwnedMatrix y = start;
             const std::vector<std::int32_t> some = some_rows(rng, kProducts * rows, kRows);
-            const auto* blocks =
-                panels == 2 ? kernels->dots->multiply_pair : kernels->dots->multiply_block;
+            std::vector<const std::uint16_t*> in;
+            std::vector<float*> out;
+            for (std::int64_t r = 0; r < kProducts * rows; ++r) {
+              in.push_back(halves.data() + (lists == 1 ? some[r] : r) * padded);
+              out.push_back(&y.view()(lists == 2 ? some[r] : r, 0));
+            }
+            const std::int64_t piece = (steps + 1) / 2 * 128;
             blocks[rows - 1]({{w.at(0), w.at(panels - 1)},
-                              steps,
-                              pieces,
-                              w.stride,
-                              halves.data(),
-                              padded,
-                              lists == 1 ? some.data() : nullptr,
-                              y.values.data(),
-                              panels * kPanelWidth,
-                              lists == 2 ? some.data() : nullptr,
-                              kPanelWidth,
-                              add,
+                              in.data(),
+                              out.data(),
                               kProducts,
+                              padded * 2,
+                              piece,
+                              w.stride - piece,
+                              kPanelWidth * static_cast<std::int64_t>(sizeof(float)),
+                              add,
                               reinterpret_cast<const char*>(w.at(0)),
                               0,
+                              64,
                               0,
-                              64});
+                              0});
             std::vector<std::int64_t> source(kRows, -1);  // of each row of y
             for (std::int64_t r = 0; r < kProducts * rows; ++r)
               source[lists == 2 ? some[r] : r] = lists == 1 ? some[r] : r;
@@ -452,6 +456,7 @@ TEST(DotKernels, MultiplyPanelsInPieces) {
                     << steps << " lists " << lists << " row " << r << " lane " << i;
               }
           }
+  }
 }
 
 TEST(DotKernels, MultiplyShortPanelsIntoRowsOfTokens) {

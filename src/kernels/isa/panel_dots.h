@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
@@ -15,6 +16,12 @@ namespace {
 
 #if defined(__AVX512F__)
 
+// dot_products.S, which counts on this:
+static_assert(offsetof(DotProduct, x) == 16 && offsetof(DotProduct, panel_offset) == 64 &&
+              offsetof(DotProduct, prefetch) == 80 && offsetof(DotProduct, prefetch_gap) == 112);
+extern "C" __attribute__((visibility("hidden"))) const DotKernel cleave_dot_kernels_1_1[kDotRows],
+    cleave_dot_kernels_1_2[kDotRows], cleave_dot_kernels_2_2[kPairRows];
+
 CLEAVE_INLINE void dot_add(Floats& sum, const Words& x, const Words& w) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
 }
@@ -24,82 +31,6 @@ CLEAVE_INLINE Words splat_pair(const std::uint16_t* x) {
   std::uint32_t pair;
   std::memcpy(&pair, x, sizeof pair);
   return Words{} + pair;
-}
-
-CLEAVE_INLINE std::int64_t row_at(const std::int32_t* rows, std::int64_t r) {
-  return rows != nullptr ? rows[r] : r;
-}
-
-/// kPairs: of steps in a piece, where that is known; or 0. Loops that short gain a twentieth by it.
-/// One call for all products: the last additions and stores of one go on under the next.
-template <int kRows, int kPanels, int kPairs>
-CLEAVE_INLINE void multiply_pieces(const DotProduct& product) {
-  constexpr int kVectors = 2 * kPanels;
-  const std::int64_t pairs = kPairs > 0 ? kPairs : (product.piece_steps + 1) / 2;
-  const std::int64_t rate = product.prefetch_rate;
-  for (std::int64_t n = 0; n < product.products; ++n) {
-    const std::int64_t first = n * kRows;
-    const std::uint16_t* x[kRows];
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r)
-      x[r] = product.x + row_at(product.x_row, first + r) * product.x_stride;
-    const char* piece[kPanels];
-#pragma GCC unroll 2
-    for (int p = 0; p < kPanels; ++p) piece[p] = static_cast<const char*>(product.panel[p]);
-    const char* piece_prefetch = product.prefetch + n * pairs * rate;
-    Floats sum[kRows][kVectors] = {};
-
-    std::int64_t at = 0;
-    for (std::int64_t i = 0; i < product.pieces; ++i) {
-      const char* prefetch = piece_prefetch;
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p)
-        for (int l = 0; l < 4; ++l)
-          __builtin_prefetch(piece[p] + product.piece_stride + 64 * l, 0, 3);
-      for (std::int64_t s = 0; s < pairs; ++s, at += 2) {
-        __builtin_prefetch(prefetch, 0, 2);
-        // Of one panel always, needed or not: a branch would cost two registers for addresses.
-        __builtin_prefetch(prefetch + (kPanels == 2 ? product.prefetch_panel : 64), 0, 2);
-        prefetch += rate;
-        Words w[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) w[v] = load<Words>(piece[v / 2] + s * 128 + v % 2 * 64);
-#pragma GCC unroll 12
-        for (int r = 0; r < kRows; ++r) {
-          const Words pair = splat_pair(x[r] + at);
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) dot_add(sum[r][v], pair, w[v]);
-        }
-      }
-#pragma GCC unroll 2
-      for (int p = 0; p < kPanels; ++p) piece[p] += product.piece_stride;
-      piece_prefetch += product.prefetch_stride;
-    }
-    const auto finish = [&](auto adds) __attribute__((always_inline)) {
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        float* y = product.y + row_at(product.y_row, first + r) * product.y_stride;
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          float* to = y + v / 2 * product.panel_offset + v % 2 * 16;
-          if constexpr (adds) sum[r][v] += load<Floats>(to);
-          store(sum[r][v], to);
-        }
-      }
-    };
-    if (product.add)
-      finish(std::true_type());
-    else
-      finish(std::false_type());
-  }
-}
-
-template <int kRows, int kPanels>
-void multiply_dots(const DotProduct& product) {
-  if (product.piece_steps == kShortSteps)  // down of experts with a gate
-    multiply_pieces<kRows, kPanels, kShortSteps / 2>(product);
-  else
-    multiply_pieces<kRows, kPanels, 0>(product);
 }
 
 /// With so few steps a product's last stores go on while the next one's dot products run.
@@ -167,11 +98,9 @@ inline void activate_to_bfloat16(Activation activation, bool gated, std::int64_t
 }
 
 constexpr DotKernels kDots = {
-    {multiply_dots<1, 1>, multiply_dots<2, 1>, multiply_dots<3, 1>, multiply_dots<4, 1>,
-     multiply_dots<5, 1>, multiply_dots<6, 1>, multiply_dots<7, 1>, multiply_dots<8, 1>,
-     multiply_dots<9, 1>, multiply_dots<10, 1>, multiply_dots<11, 1>, multiply_dots<12, 1>},
-    {multiply_dots<1, 2>, multiply_dots<2, 2>, multiply_dots<3, 2>, multiply_dots<4, 2>,
-     multiply_dots<5, 2>, multiply_dots<6, 2>},
+    cleave_dot_kernels_1_1,
+    cleave_dot_kernels_1_2,
+    cleave_dot_kernels_2_2,
     {multiply_short_dots<1>, multiply_short_dots<2>, multiply_short_dots<3>, multiply_short_dots<4>,
      multiply_short_dots<5>, multiply_short_dots<6>, multiply_short_dots<7>, multiply_short_dots<8>,
      multiply_short_dots<9>, multiply_short_dots<10>, multiply_short_dots<11>,

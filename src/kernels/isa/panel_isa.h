@@ -101,29 +101,27 @@ struct UnpackProduct {
 };
 
 /// y[r][i * panel_offset + lane] (+)= sum over s of x[r][s] * panel[i][s][lane] for one bfloat16
-/// panel or two, as they are packed, and rows of bfloat16: row r of x begins at
-/// x + x_row[r] * x_stride, or at x + r * x_stride without x_row; the rows of y likewise.
+/// panel or two, as they are packed, and rows of bfloat16. dot_products.S knows the order.
 struct DotProduct {
-  const void* panel[2];  ///< the first piece of each, as in UnpackProduct
-  std::int64_t piece_steps;
-  std::int64_t pieces;
-  std::int64_t piece_stride;  ///< bytes
-  const std::uint16_t* x;     ///< rows of all steps, made even by a zero
-  std::int64_t x_stride;
-  const std::int32_t* x_row;
-  float* y;  ///< rows of 32 floats per panel
-  std::int64_t y_stride;
-  const std::int32_t* y_row;  ///< different ones
-  std::int64_t panel_offset;  ///< in y, floats
-  bool add;
-  std::int64_t products;  ///< that many times the rows that the kernel takes at once
+  const void* panel[2];           ///< the first piece of each, as in UnpackProduct
+  const std::uint16_t* const* x;  ///< a pointer per row, to all steps, made even by a zero
+  float* const* y;                ///< a pointer per row, to 32 floats per panel; different ones
+  std::int64_t products;          ///< that many times the rows that the kernel takes at once
+  std::int64_t row_bytes;         ///< of a row of x
+  std::int64_t piece_bytes;       ///< of a panel's piece
+  std::int64_t piece_gap;         ///< bytes, from a piece's end to the next
+  std::int64_t panel_offset;      ///< in y, bytes
+  std::int64_t add;               ///< or 0
   /// What to fetch from memory meanwhile: in every two steps the line `prefetch_rate` bytes behind
-  /// the last one, from `prefetch` on. And the line behind that; of two panels, the one
-  /// `prefetch_panel` bytes behind it.
+  /// the last one, from `prefetch` on; with two panels also the one `prefetch_panel` bytes behind
+  /// it.
   const char* prefetch;
-  std::int64_t prefetch_panel, prefetch_stride;  ///< bytes; the latter from piece to piece
-  std::int64_t prefetch_rate;                    ///< bytes, a line at most; with one panel two
+  std::int64_t prefetch_panel;
+  std::int64_t prefetch_rate;   ///< bytes: a line at most, or two with multiply_alone
+  std::int64_t prefetch_bytes;  ///< per piece and product
+  std::int64_t prefetch_gap;    ///< bytes, from what one piece fetches to what the next does
 };
+using DotKernel = void (*)(const DotProduct& product);
 
 /// y[token[r] * y_stride + lane] += sum over s < steps of x[r * steps + s] * panel[s][lane],
 /// for a bfloat16 panel of few steps: of down of a narrow expert.
@@ -144,8 +142,9 @@ inline constexpr std::int64_t kShortSteps = 16;
 /// added at once, and subnormal numbers count as zero.
 struct DotKernels {
   /// Indexed by rows - 1.
-  void (*multiply_block[kDotRows])(const DotProduct& product);
-  void (*multiply_pair[kPairRows])(const DotProduct& product);  ///< of two panels
+  const DotKernel* multiply_block;  ///< [kDotRows]
+  const DotKernel* multiply_alone;  ///< [kDotRows], fetches a second line behind each
+  const DotKernel* multiply_pair;   ///< [kPairRows], of two panels
   void (*multiply_short[kDotRows])(const ShortDotProduct& product);
   /// out [n] = x [n], rounded to the nearest, ties to even.
   void (*round)(const float* x, std::int64_t n, std::uint16_t* out);
