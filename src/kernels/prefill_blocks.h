@@ -40,6 +40,24 @@ struct RowList {
   T* operator()(std::int64_t r) const { return begin + (index != nullptr ? index[r] : r) * stride; }
 };
 
+/// Rows of y that are added to soon, to be fetched: a core drops prefetches of which it has dozens
+/// under way, so a few at a time.
+struct NextRows {
+  const float* begin;
+  std::int64_t count, stride, columns;
+
+  NextRows part(std::int64_t i, std::int64_t parts) const {
+    const std::int64_t first = count * i / parts;
+    return {begin + first * stride, count * (i + 1) / parts - first, stride, columns};
+  }
+  void fetch() const {
+    constexpr std::int64_t kLineValues = 16;
+    for (std::int64_t r = 0; r < count; ++r)
+      for (std::int64_t c = 0; c < columns; c += kLineValues)
+        __builtin_prefetch(begin + r * stride + c, 1, 3);
+  }
+};
+
 /// Weights are unpacked to floats, two panels at a time, into a second-level cache; those that are
 /// floats in one piece are multiplied where they lie.
 class UnpackedBlocks {
@@ -68,9 +86,9 @@ class UnpackedBlocks {
   }
 
   /// y (+)= x times the block, for m rows.
-  void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
-                std::int64_t panel_offset, const RowList<const float>& x_of,
-                const RowList<float>& y_of) const {
+  void multiply(const WeightBlock& block, const NextBlock& next, const NextRows& next_rows,
+                std::int64_t m, bool add, std::int64_t panel_offset,
+                const RowList<const float>& x_of, const RowList<float>& y_of) const {
     const bool pair = block.panels == 2;
     const auto* kernels = pair         ? kernels_.multiply_pair
                           : block.half ? kernels_.multiply_half
@@ -86,8 +104,10 @@ class UnpackedBlocks {
     const float* x[kBlockRows];
     float* y[kBlockRows];
     Fetcher fetcher(next);
+    const std::int64_t products = (m + most - 1) / most;
     for (std::int64_t first = 0; first < m; first += most) {
       const std::int64_t rows = std::min(most, m - first);
+      next_rows.part(first / most, products).fetch();
       for (std::int64_t i = 0; i < rows; ++i) {
         x[i] = x_of(first + i);
         y[i] = y_of(first + i);
@@ -174,8 +194,8 @@ class DotBlocks {
     kernels_.activate(activation, gated, rows, in, weight, h, stride);
   }
 
-  void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
-                std::int64_t panel_offset, const RowList<const Value>& x,
+  void multiply(const WeightBlock& block, const NextBlock& next, const NextRows& next_rows,
+                std::int64_t m, bool add, std::int64_t panel_offset, const RowList<const Value>& x,
                 const RowList<float>& y) const {
     const bool pair = block.panels == 2;
     const std::int64_t most = pair ? kPairRows : kDotRows, products = (m + most - 1) / most;
@@ -188,11 +208,14 @@ class DotBlocks {
                                               : kernels_.multiply_block;
     const std::int64_t second = block.pieces > 1 ? next.bytes / 2 : next.stride;
     const auto* fetch = reinterpret_cast<const char*>(next.begin);
+    std::int64_t done = 0;  // products
     in_equal_shares(m, products, [&](std::int64_t rows, std::int64_t count, std::int64_t first) {
       const Value* x_row[kListed];
       float* y_row[kListed];
       for (std::int64_t n; count > 0; count -= n, first += n * rows, fetch += n * share) {
         n = std::min(count, kListed / rows);
+        for (const std::int64_t last = done + n; done < last; ++done)
+          next_rows.part(done, products).fetch();
         for (std::int64_t r = 0; r < n * rows; ++r) x_row[r] = x(first + r);
         for (std::int64_t r = 0; r < n * rows; ++r) y_row[r] = y(first + r);
         kernels[rows - 1]({{block.panel[0], block.panel[1]},
