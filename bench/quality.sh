@@ -8,6 +8,7 @@
 # models and a report per budget and seed (default: seed 0). Environment:
 # CLEAVE (the program, default build/bin/cleave), MODEL, CALIBRATION (a text; default: two fifths of wikitext),
 # CALIBRATION_TOKENS (32768), CONTEXT (1024), EVAL_TOKENS (6144 of each text), RHOS ("0.75 0.5 0.25"),
+# ALLOCATION_RHOS (0.5; budgets that are also divided among the layers by KL),
 # BASELINES (all; of the first seed), SEED_BASELINES (none; of the other seeds), TUNE_STEPS (0: no tuning; the published rows have
 # 450, and take an hour each).
 set -euo pipefail
@@ -77,6 +78,12 @@ for rho in ${RHOS:-0.75 0.5 0.25}; do
   convert "read-$rho" --active-share "$rho" --seed "${seeds[0]}" --self-calibration 0
   convert_without_text "textless-$rho" --active-share "$rho" --seed "${seeds[0]}"
   for variant in static unrepaired mixtral read textless; do against_dense "$variant-$rho"; done
+done
+
+# A width of the shared slice per layer, which takes ten minutes.
+for rho in ${ALLOCATION_RHOS-0.5}; do
+  convert "kl-$rho" --active-share "$rho" --seed "${seeds[0]}" --allocation kl
+  against_dense "kl-$rho"
 done
 
 # Light tuning of a conversion to half of the FFN, layer by layer: of the default on a mixture, and on wikitext alone of

@@ -395,7 +395,7 @@ std::vector<std::int32_t> some_rows(std::mt19937& rng, std::int64_t n, std::int6
   return rows;
 }
 
-// Rows of x by their numbers, or those of y, or neither.
+// Rows of x and of y in any order.
 TEST(DotKernels, MultiplyPanelsInPieces) {
   const PanelKernels* kernels = find_panel_kernels("avx512bf16");
   if (kernels == nullptr) GTEST_SKIP() << "this CPU has no AVX512-BF16";
@@ -406,56 +406,55 @@ TEST(DotKernels, MultiplyPanelsInPieces) {
     for (std::int64_t rows = 1; rows <= (panels == 2 ? kPairRows : kDotRows); ++rows)
       for (const auto& [pieces, steps] :
            {std::pair<std::int64_t, std::int64_t>{1, 1}, {1, 7}, {1, 130}, {3, 16}, {5, 32}})
-        for (int lists = 0; lists < 3; ++lists)
-          for (const bool add : {false, true}) {
-            std::mt19937 rng(static_cast<unsigned>(panels * 1000 + rows * 100 + pieces + steps));
-            PanelPieces w(rng, panels, pieces, steps, 192);
-            const std::int64_t all = pieces * steps, padded = (all + 1) / 2 * 2;
-            OwnedMatrix x = random_bf16_matrix(rng, kRows, padded);
-            for (std::int64_t r = 0; r < kRows && padded > all; ++r) x.view()(r, all) = 0.0f;
-            const std::vector<std::uint16_t> halves = as_bf16(x.values);
-            const OwnedMatrix start = random_matrix(rng, kRows, panels * kPanelWidth);
-            OwnedMatrix y = start;
-            const std::vector<std::int32_t> some = some_rows(rng, kProducts * rows, kRows);
-            std::vector<const std::uint16_t*> in;
-            std::vector<float*> out;
-            for (std::int64_t r = 0; r < kProducts * rows; ++r) {
-              in.push_back(halves.data() + (lists == 1 ? some[r] : r) * padded);
-              out.push_back(&y.view()(lists == 2 ? some[r] : r, 0));
-            }
-            const std::int64_t piece = (steps + 1) / 2 * 128;
-            blocks[rows - 1]({{w.at(0), w.at(panels - 1)},
-                              in.data(),
-                              out.data(),
-                              kProducts,
-                              padded * 2,
-                              piece,
-                              w.stride - piece,
-                              kPanelWidth * static_cast<std::int64_t>(sizeof(float)),
-                              add,
-                              reinterpret_cast<const char*>(w.at(0)),
-                              0,
-                              64,
-                              0,
-                              0});
-            std::vector<std::int64_t> source(kRows, -1);  // of each row of y
-            for (std::int64_t r = 0; r < kProducts * rows; ++r)
-              source[lists == 2 ? some[r] : r] = lists == 1 ? some[r] : r;
-            for (std::int64_t r = 0; r < kRows; ++r)
-              for (std::int64_t i = 0; i < panels * kPanelWidth; ++i) {
-                double sum = add || source[r] < 0 ? start.view()(r, i) : 0.0;
-                double size = std::abs(sum);
-                for (std::int64_t s = 0; source[r] >= 0 && s < all; ++s) {
-                  const double term = static_cast<double>(x.view()(source[r], s)) *
-                                      w.weights[i / kPanelWidth][s * kPanelWidth + i % kPanelWidth];
-                  sum += term;
-                  size += std::abs(term);
-                }
-                ASSERT_NEAR(y.view()(r, i), sum, sum_bound(all + 2) * size)
-                    << "panels " << panels << " rows " << rows << " pieces " << pieces << " steps "
-                    << steps << " lists " << lists << " row " << r << " lane " << i;
-              }
+        for (const bool add : {false, true}) {
+          std::mt19937 rng(static_cast<unsigned>(panels * 1000 + rows * 100 + pieces + steps));
+          PanelPieces w(rng, panels, pieces, steps, 192);
+          const std::int64_t all = pieces * steps, padded = (all + 1) / 2 * 2;
+          OwnedMatrix x = random_bf16_matrix(rng, kRows, padded);
+          for (std::int64_t r = 0; r < kRows && padded > all; ++r) x.view()(r, all) = 0.0f;
+          const std::vector<std::uint16_t> halves = as_bf16(x.values);
+          const OwnedMatrix start = random_matrix(rng, kRows, panels * kPanelWidth);
+          OwnedMatrix y = start;
+          const std::vector<std::int32_t> from = some_rows(rng, kProducts * rows, kRows);
+          const std::vector<std::int32_t> to = some_rows(rng, kProducts * rows, kRows);
+          std::vector<const std::uint16_t*> in;
+          std::vector<float*> out;
+          for (std::int64_t r = 0; r < kProducts * rows; ++r) {
+            in.push_back(halves.data() + from[r] * padded);
+            out.push_back(y.view().row(to[r]));
           }
+          const std::int64_t piece = (steps + 1) / 2 * 128;
+          blocks[rows - 1]({{w.at(0), w.at(panels - 1)},
+                            in.data(),
+                            out.data(),
+                            kProducts,
+                            padded * 2,
+                            piece,
+                            w.stride - piece,
+                            kPanelWidth * static_cast<std::int64_t>(sizeof(float)),
+                            add,
+                            reinterpret_cast<const char*>(w.at(0)),
+                            0,
+                            64,
+                            0,
+                            0});
+          std::vector<std::int64_t> source(kRows, -1);  // of each row of y
+          for (std::int64_t r = 0; r < kProducts * rows; ++r) source[to[r]] = from[r];
+          for (std::int64_t r = 0; r < kRows; ++r)
+            for (std::int64_t i = 0; i < panels * kPanelWidth; ++i) {
+              double sum = add || source[r] < 0 ? start.view()(r, i) : 0.0;
+              double size = std::abs(sum);
+              for (std::int64_t s = 0; source[r] >= 0 && s < all; ++s) {
+                const double term = static_cast<double>(x.view()(source[r], s)) *
+                                    w.weights[i / kPanelWidth][s * kPanelWidth + i % kPanelWidth];
+                sum += term;
+                size += std::abs(term);
+              }
+              ASSERT_NEAR(y.view()(r, i), sum, sum_bound(all + 2) * size)
+                  << "panels " << panels << " rows " << rows << " pieces " << pieces << " steps "
+                  << steps << " row " << r << " lane " << i;
+            }
+        }
   }
 }
 

@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels/isa/panel_activation.h"
 #include "kernels/isa/panel_formats.h"
