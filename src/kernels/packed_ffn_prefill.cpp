@@ -71,16 +71,23 @@ class PrefillPart {
     const std::int64_t runs = *shared_.num_runs;
     for (std::int64_t i = 0; i < runs; ++i) {
       const bool last = i + 1 == runs;
-      // Each run's products fetch a share of y.
-      const std::int64_t first = y_.rows * i / runs, rows = y_.rows * (i + 1) / runs - first;
+      if (n == 1) fetch_y(y_.rows * i / runs, y_.rows * (i + 1) / runs, column);
       down_run(shared_.runs[i], d, n, shared_.runs[last ? 0 : i + 1],
-               last ? std::min(d + n, panels - 1) : d,
-               {y_.row(first) + column, rows, y_.row_stride, columns});
+               last ? std::min(d + n, panels - 1) : d);
     }
     row_kernels().add_rows(s_.sums, stride, y_.row(0) + column, y_.row_stride, y_.rows, columns);
   }
 
  private:
+  /// Rows [begin, end) of one of y's panels, which starts at `column`. Between narrow experts these
+  /// are few; a core drops prefetches of which it has dozens under way.
+  void fetch_y(std::int64_t begin, std::int64_t end, std::int64_t column) const {
+    for (std::int64_t t = begin; t < end; ++t) {
+      __builtin_prefetch(y_.row(t) + column, 1, 3);
+      __builtin_prefetch(y_.row(t) + column + 16, 1, 3);
+    }
+  }
+
   /// An expert panel of a run.
   struct Place {
     const std::byte* expert;
@@ -134,7 +141,7 @@ class PrefillPart {
         blocks_.multiply(block,
                          {gate_up(next, next_block), panel_bytes(layout_.format, block_steps_),
                           panels, gate_up_stride(next)},
-                         {}, m, b > 0, kRowGroup * kPanelWidth,
+                         m, b > 0, kRowGroup * kPanelWidth,
                          {shared_.x + b * block_steps_, x_stride_, token},
                          {product(p - begin, 0), kPanelWidth, nullptr});
         if (b + 1 == blocks)
@@ -204,23 +211,19 @@ class PrefillPart {
   /// s_.sums += the run's hidden values times panels [d, d + n) of down. After it comes `next_run`,
   /// at panel next_d.
   void down_run(const Run& run, std::int64_t d, std::int64_t n, const Run& next_run,
-                std::int64_t next_d, const NextRows& rows) const {
+                std::int64_t next_d) const {
     const std::int64_t chunk = chunk_of(run), stride = n * kPanelWidth;
     const std::int64_t together = Blocks::panels(run.rows);
     const std::int32_t* token = shared_.groups.token + run.pair;
     if constexpr (Blocks::kMultipliesShort) {
       const std::int64_t steps = (run.panel_end - run.panel) * layout_.neurons;
       if (n == 1 && run.expert_end - run.expert == 1 && steps <= 2 * kShortSteps) {
-        rows.fetch();
         return blocks_.multiply_short(down_panel(place(run, run.panel), d),
                                       down_panel(place(next_run, next_run.panel), next_d), steps,
                                       shared_.hidden + run.hidden, run.rows, token, s_.sums,
                                       stride);
       }
     }
-    const std::int64_t calls =
-        (run.panel_end - run.panel + chunk - 1) / chunk * ((n + together - 1) / together);
-    std::int64_t call = 0;
     for (std::int64_t p = run.panel; p < run.panel_end; p += chunk) {
       const std::int64_t panels = std::min(chunk, run.panel_end - p);
       const Value* h = shared_.hidden + run.hidden + (p - run.panel) * layout_.neurons;
@@ -232,8 +235,8 @@ class PrefillPart {
         const std::int64_t outputs = std::min(together, n - i);
         blocks_.multiply(down_block(run, p, panels, d + i, outputs),
                          next_down(after, next, next_panels, (last ? next_d : d) + i, outputs),
-                         rows.part(call++, calls), run.rows, true, kPanelWidth,
-                         {h, run.stride, nullptr}, {s_.sums + i * kPanelWidth, stride, token});
+                         run.rows, true, kPanelWidth, {h, run.stride, nullptr},
+                         {s_.sums + i * kPanelWidth, stride, token});
       }
     }
   }

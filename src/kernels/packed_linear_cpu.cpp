@@ -149,7 +149,7 @@ class BlockLoop {
              output_.y.cols - p * kPanelWidth <= kPanelWidth / 2},
             {at(next, same ? s + steps : 0), kRounds ? 0 : panel_bytes(format_, block_steps_),
              panels, weight_.panel_bytes()},
-            {}, rows, s > 0, pass_ * kPanelWidth, {x.begin + s, x.stride, nullptr},
+            rows, s > 0, pass_ * kPanelWidth, {x.begin + s, x.stride, nullptr},
             {results_, kPanelWidth, nullptr});
       }
       for (std::int64_t i = 0; i < panels; ++i)

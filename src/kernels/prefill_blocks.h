@@ -40,24 +40,6 @@ struct RowList {
   T* operator()(std::int64_t r) const { return begin + (index != nullptr ? index[r] : r) * stride; }
 };
 
-/// Rows of y that are added to soon, to be fetched: a core drops prefetches of which it has dozens
-/// under way, so a few at a time.
-struct NextRows {
-  const float* begin;
-  std::int64_t count, stride, columns;
-
-  NextRows part(std::int64_t i, std::int64_t parts) const {
-    const std::int64_t first = count * i / parts;
-    return {begin + first * stride, count * (i + 1) / parts - first, stride, columns};
-  }
-  void fetch() const {
-    constexpr std::int64_t kLineValues = 16;
-    for (std::int64_t r = 0; r < count; ++r)
-      for (std::int64_t c = 0; c < columns; c += kLineValues)
-        __builtin_prefetch(begin + r * stride + c, 1, 3);
-  }
-};
-
 /// Weights are unpacked to floats, two panels at a time, into a second-level cache; those that are
 /// floats in one piece are multiplied where they lie.
 class UnpackedBlocks {
@@ -86,9 +68,9 @@ class UnpackedBlocks {
   }
 
   /// y (+)= x times the block, for m rows.
-  void multiply(const WeightBlock& block, const NextBlock& next, const NextRows& next_rows,
-                std::int64_t m, bool add, std::int64_t panel_offset,
-                const RowList<const float>& x_of, const RowList<float>& y_of) const {
+  void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
+                std::int64_t panel_offset, const RowList<const float>& x_of,
+                const RowList<float>& y_of) const {
     const bool pair = block.panels == 2;
     const auto* kernels = pair         ? kernels_.multiply_pair
                           : block.half ? kernels_.multiply_half
@@ -107,7 +89,6 @@ class UnpackedBlocks {
     const std::int64_t products = (m + most - 1) / most;
     for (std::int64_t first = 0; first < m; first += most) {
       const std::int64_t rows = std::min(most, m - first);
-      next_rows.part(first / most, products).fetch();
       for (std::int64_t i = 0; i < rows; ++i) {
         x[i] = x_of(first + i);
         y[i] = y_of(first + i);
@@ -194,8 +175,8 @@ class DotBlocks {
     kernels_.activate(activation, gated, rows, in, weight, h, stride);
   }
 
-  void multiply(const WeightBlock& block, const NextBlock& next, const NextRows& next_rows,
-                std::int64_t m, bool add, std::int64_t panel_offset, const RowList<const Value>& x,
+  void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
+                std::int64_t panel_offset, const RowList<const Value>& x,
                 const RowList<float>& y) const {
     const bool pair = block.panels == 2;
     const std::int64_t most = pair ? kPairRows : kDotRows, products = (m + most - 1) / most;
@@ -208,21 +189,23 @@ class DotBlocks {
                                               : kernels_.multiply_block;
     const std::int64_t second = block.pieces > 1 ? next.bytes / 2 : next.stride;
     const auto* fetch = reinterpret_cast<const char*>(next.begin);
-    std::int64_t done = 0;  // products
+    // The hidden values of all experts need not fit a second-level cache, and their rows are too
+    // short for the machine to see them coming: each product fetches the next one's. Of wide
+    // experts, whose rows are taken a part at a time, it would fetch the wrong ones.
+    const std::int64_t turns = block.pieces * pairs;
+    const bool whole_rows = x.index == nullptr && x.stride < 2 * turns + 2 * kLine;
     in_equal_shares(m, products, [&](std::int64_t rows, std::int64_t count, std::int64_t first) {
       const Value* x_row[kListed];
       float* y_row[kListed];
       for (std::int64_t n; count > 0; count -= n, first += n * rows, fetch += n * share) {
         n = std::min(count, kListed / rows);
-        for (const std::int64_t last = done + n; done < last; ++done)
-          next_rows.part(done, products).fetch();
         for (std::int64_t r = 0; r < n * rows; ++r) x_row[r] = x(first + r);
         for (std::int64_t r = 0; r < n * rows; ++r) y_row[r] = y(first + r);
         kernels[rows - 1]({{block.panel[0], block.panel[1]},
                            x_row,
                            y_row,
                            n,
-                           block.pieces * pairs * 4,
+                           turns * 4,
                            piece,
                            block.piece_stride - piece,
                            panel_offset * static_cast<std::int64_t>(sizeof(float)),
@@ -231,7 +214,9 @@ class DotBlocks {
                            second,
                            rate,
                            share,
-                           next.stride - share});
+                           next.stride - share,
+                           x_row[0] + (whole_rows ? rows * x.stride : 0),
+                           whole_rows ? (rows * x.stride * kValueBytes + turns - 1) / turns : 0});
       }
     });
   }
@@ -250,7 +235,7 @@ class DotBlocks {
   }
 
  private:
-  static constexpr std::int64_t kLine = 64, kFewRows = 64;
+  static constexpr std::int64_t kLine = 64, kValueBytes = sizeof(Value), kFewRows = 64;
   static constexpr std::int64_t kListed = 2 * kDotRows;  ///< rows that a call takes at most
 
   /// Cuts m rows into products of equal shares, some of a row more: one of few rows waits for its

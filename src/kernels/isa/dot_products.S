@@ -25,6 +25,8 @@
 	.set prefetch_rate, 96
 	.set prefetch_bytes, 104
 	.set prefetch_gap, 112
+	.set prefetch_x, 120
+	.set x_rate, 128
 
 // On the stack: the arguments, what the innermost loop reads of them, and how far the others are.
 	.set arguments, 0
@@ -38,7 +40,8 @@
 	.set frame, 72
 
 // Registers: rdi what to fetch, r15 weights, rbp bytes of a row behind us; of two panels r14 from the
-// first to the second, and r13 from what to fetch of the one to that of the other.
+// first to the second, and r13 from what to fetch of the one to that of the other, r12 what to fetch
+// of x and r11 how far it goes on.
 
 // action reg, row: for each row, with the register for its x.
 	.macro each_row rows, action
@@ -143,6 +146,10 @@ kernel_\panels\()_\lines\()_\rows:
 	keep	y, next_y
 	keep	products, products_left
 	keep	prefetch, next_prefetch
+	.if \panels == 2
+	mov	r12, [rdi + prefetch_x]
+	mov	r11, [rdi + x_rate]
+	.endif
 
 1:	mov	rdi, [rsp + arguments]
 	mov	r15, [rdi + panel_0]
@@ -166,6 +173,8 @@ kernel_\panels\()_\lines\()_\rows:
 2:	prefetcht0 [rdi]
 	.if \panels == 2
 	prefetcht0 [rdi + r13]
+	prefetcht0 [r12]
+	add	r12, r11
 	.elseif \lines == 2
 	prefetcht0 [rdi + 64]
 	.endif

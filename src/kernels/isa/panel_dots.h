@@ -17,7 +17,7 @@ namespace {
 
 // dot_products.S, which counts on this:
 static_assert(offsetof(DotProduct, x) == 16 && offsetof(DotProduct, panel_offset) == 64 &&
-              offsetof(DotProduct, prefetch) == 80 && offsetof(DotProduct, prefetch_gap) == 112);
+              offsetof(DotProduct, prefetch) == 80 && offsetof(DotProduct, x_rate) == 128);
 extern "C" __attribute__((visibility("hidden"))) const DotKernel cleave_dot_kernels_1_1[kDotRows],
     cleave_dot_kernels_1_2[kDotRows], cleave_dot_kernels_2_2[kPairRows];
 
