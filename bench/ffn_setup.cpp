@@ -104,16 +104,14 @@ double paired_ratio(const Timing& a, const Timing& b) {
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,
                                  int rounds) {
   std::vector<std::vector<double>> seconds(tasks.size());
-  std::vector<double> last(tasks.size(), 0.0);
   for (int round = -1; round < rounds; ++round)
     for (std::size_t i = 0; i < tasks.size(); ++i) {
       wait_for_quiet();
-      if (last[i] < 0.02) tasks[i](round + 1 + rounds / 2);
+      tasks[i](round + 1 + rounds / 2);
       const auto begin = std::chrono::steady_clock::now();
       tasks[i](round + 1);
       const double s =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-      last[i] = s;
       if (round >= 0) seconds[i].push_back(s);
     }
   std::vector<Timing> result;

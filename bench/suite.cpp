@@ -167,7 +167,7 @@ class Suite {
             for (std::int64_t i = 0; i < in_a_row; ++i)
               b->run((round * in_a_row + i) % shape.layers, T, x.data(), y.data());
           });
-      const auto times = time_in_turn(tasks, T <= 8 ? 31 : 21);
+      const auto times = time_in_turn(tasks, T <= 8 ? 31 : 61);
       const std::size_t rounds = times[0].rounds_s.size();
       std::vector<double> shares, read_shares;
       for (std::size_t i = 0; i < rounds; ++i) {
@@ -218,7 +218,7 @@ class Suite {
       Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
       std::vector<Task> tasks{run_sparse.task(), run_dense.task()};
       for (Task& task : baseline.tasks(shape, T)) tasks.push_back(std::move(task));
-      const auto times = time_in_turn(tasks, T > 1024 ? 7 : 13);
+      const auto times = time_in_turn(tasks, T > 1024 ? 15 : 41);
       const Timing& best = fastest(times, 1);
       fmt::print(stderr,
                  "E {} K {} T {}: sparse {:.1f} ms, dense {:.1f} ms, best dense {:.1f} ms\n", E, K,
@@ -234,7 +234,7 @@ class Suite {
     const FfnSetup setup(shape, parallel());
     Runner balanced(setup, random_routing(shape, 1024, 5), parallel());
     Runner skewed(setup, random_routing(shape, 1024, 5, 0.5), parallel());
-    const auto times = time_in_turn({balanced.task(), skewed.task()}, 15);
+    const auto times = time_in_turn({balanced.task(), skewed.task()}, 41);
     report("C5", "half of 1024 tokens on one expert: balanced / skewed",
            paired_ratio(times[0], times[1]), 1 / 1.08, 1 / 1.02);
   }
@@ -264,7 +264,7 @@ class Suite {
       Runner ours(dense, random_routing(shape, T, 5), parallel());
       std::vector<Task> tasks{ours.task()};
       for (Task& task : baseline.tasks(shape, T)) tasks.push_back(std::move(task));
-      const auto times = time_in_turn(tasks, 13);
+      const auto times = time_in_turn(tasks, 31);
       report("C7", fmt::format("dense, T = {}: times oneDNN (its faster type)", T),
              paired_ratio(fastest(times, 1), times[0]), 0.95, 1.0);
     }
@@ -301,7 +301,7 @@ class Suite {
           run_fine.run_layer(round * n + i);
         }
       };
-      const auto times = time_in_turn({sparse, run_dense.task()}, T == 1 ? 121 : 31);
+      const auto times = time_in_turn({sparse, run_dense.task()}, T == 1 ? 121 : 61);
       fmt::print(stderr, "fine T {}: sparse {:.3f} ms, dense {:.3f} ms\n", T,
                  1e3 * times[0].median_s, 1e3 * times[1].median_s);
       report("C8", fmt::format("48 of 96 experts of 16, T = {}: share of ideal", T),
