@@ -86,7 +86,6 @@ class UnpackedBlocks {
     const float* x[kBlockRows];
     float* y[kBlockRows];
     Fetcher fetcher(next);
-    const std::int64_t products = (m + most - 1) / most;
     for (std::int64_t first = 0; first < m; first += most) {
       const std::int64_t rows = std::min(most, m - first);
       for (std::int64_t i = 0; i < rows; ++i) {

@@ -33,12 +33,15 @@ void select_largest(const float* logits, std::int64_t num_experts, std::int64_t 
 void select_by_rank(const float* logits, std::int64_t num_experts, std::int64_t K,
                     std::int32_t* ids) {
   std::int32_t rank[kMostRanked], by_rank[kMostRanked];
-  row_kernels().rank(logits, num_experts, rank);
-  std::fill(by_rank, by_rank + num_experts, Routing::kUnused);
-  for (std::int64_t e = 0; e < num_experts; ++e) {
-    std::int64_t place = rank[e];
-    while (by_rank[place] != Routing::kUnused) ++place;  // equal logits, lower ids
-    by_rank[place] = static_cast<std::int32_t>(e);
+  if (row_kernels().rank(logits, num_experts, rank)) {
+    for (std::int64_t e = 0; e < num_experts; ++e) by_rank[rank[e]] = static_cast<std::int32_t>(e);
+  } else {
+    std::fill(by_rank, by_rank + num_experts, Routing::kUnused);
+    for (std::int64_t e = 0; e < num_experts; ++e) {
+      std::int64_t place = rank[e];
+      while (by_rank[place] != Routing::kUnused) ++place;  // equal logits, lower ids
+      by_rank[place] = static_cast<std::int32_t>(e);
+    }
   }
   std::copy_n(by_rank, K, ids);
 }
@@ -68,7 +71,8 @@ void softmax_selected(const float* logits, std::int64_t num_experts, const std::
     for (std::int64_t k = 0; k < used; ++k) block[k] = logits[ids[k]];
     SoftmaxState state{-std::numeric_limits<float>::infinity(), 0.0f};
     row_kernels().softmax_block(block, used, &state);
-    for (std::int64_t k = 0; k < used; ++k) weights[k] = block[k] / state.sum;
+    const float scale = 1.0f / state.sum;
+    for (std::int64_t k = 0; k < used; ++k) weights[k] = block[k] * scale;
     return;
   }
   float sum = 0.0f;

@@ -437,6 +437,8 @@ TEST(DotKernels, MultiplyPanelsInPieces) {
                             0,
                             64,
                             0,
+                            0,
+                            in[0],
                             0});
           std::vector<std::int64_t> source(kRows, -1);  // of each row of y
           for (std::int64_t r = 0; r < kProducts * rows; ++r) source[to[r]] = from[r];

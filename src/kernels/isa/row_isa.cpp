@@ -12,12 +12,11 @@ typedef float Quarter __attribute__((vector_size(16)));
 constexpr std::int64_t kLanes = 16;
 constexpr float kInfinity = __builtin_inff();
 
+constexpr float kLaneNumbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
 /// The lanes from n on become `rest`.
 CLEAVE_INLINE Floats first_lanes(const Floats& v, std::int64_t n, float rest) {
-  float lanes[kLanes];
-  store(v, lanes);
-  for (std::int64_t i = n; i < kLanes; ++i) lanes[i] = rest;
-  return load<Floats>(lanes);
+  return select(load<Floats>(kLaneNumbers) < splat(static_cast<float>(n)), v, splat(rest));
 }
 
 // Lanes are joined in halves: a few operations of narrower vectors, not fifteen of floats.
@@ -116,28 +115,32 @@ std::int64_t largest(const float* row, std::int64_t n) {
 
 /// Ranks of up to kVectors * 16 numbers, which stay in registers.
 template <int kVectors>
-void rank_few(const float* row, std::int64_t n, std::int32_t* rank) {
+bool rank_few(const float* row, std::int64_t n, std::int32_t* rank) {
   float padded[kVectors * kLanes] = {};
-  for (std::int64_t i = 0; i < n; ++i) padded[i] = row[i];
+  std::memcpy(padded, row, static_cast<std::size_t>(n) * sizeof(float));
   Floats own[kVectors];
   Ints count[kVectors] = {};
   for (int v = 0; v < kVectors; ++v) own[v] = load<Floats>(padded + v * kLanes);
   for (std::int64_t other = 0; other < n; ++other) {
-    const Floats value = splat(row[other]);
+    const Floats value = splat(padded[other]);
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) count[v] = count[v] - (value > own[v]);
+    for (int v = 0; v < kVectors; ++v) count[v] = add_one_where(value > own[v], count[v]);
   }
   std::int32_t counts[kVectors * kLanes];
   for (int v = 0; v < kVectors; ++v) store(count[v], counts + v * kLanes);
-  for (std::int64_t i = 0; i < n; ++i) rank[i] = counts[i];
+  std::memcpy(rank, counts, static_cast<std::size_t>(n) * sizeof(std::int32_t));
+  // Of different numbers the ranks are 0 to n - 1; equal ones make some smaller.
+  std::int64_t sum = 0;
+  for (std::int64_t i = 0; i < n; ++i) sum += counts[i];
+  return sum == n * (n - 1) / 2;
 }
 
-void rank(const float* row, std::int64_t n, std::int32_t* out) {
+bool rank(const float* row, std::int64_t n, std::int32_t* out) {
   static_assert(kMostRanked == 8 * kLanes);
-  constexpr void (*kRank[])(const float*, std::int64_t, std::int32_t*) = {
+  constexpr bool (*kRank[])(const float*, std::int64_t, std::int32_t*) = {
       rank_few<1>, rank_few<2>, rank_few<3>, rank_few<4>,
       rank_few<5>, rank_few<6>, rank_few<7>, rank_few<8>};
-  if (n > 0) kRank[(n - 1) / kLanes](row, n, out);
+  return n == 0 || kRank[(n - 1) / kLanes](row, n, out);
 }
 
 constexpr RowKernels kRowKernels = {softmax_block, add_scaled, add_rows, largest, rank};

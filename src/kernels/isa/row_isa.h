@@ -27,8 +27,8 @@ struct RowKernels {
   /// Position of the largest, the lowest of equals; -1 if one is NaN or +infinity, or n is 0.
   std::int64_t (*largest)(const float* row, std::int64_t n);
   /// rank[i] = how many of the row's numbers are larger than row[i]; n at most kMostRanked. Finite
-  /// numbers only.
-  void (*rank)(const float* row, std::int64_t n, std::int32_t* rank);
+  /// numbers only. Returns whether they are all different.
+  bool (*rank)(const float* row, std::int64_t n, std::int32_t* rank);
 };
 inline constexpr std::int64_t kMostRanked = 128;
 

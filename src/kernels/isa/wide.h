@@ -157,6 +157,15 @@ CLEAVE_INLINE Floats select(const Ints& mask, const Floats& yes, const Floats& n
 #endif
 }
 
+/// count + 1 where the mask is set.
+CLEAVE_INLINE Ints add_one_where(const Ints& mask, const Ints& count) {
+#if defined(__AVX512F__)
+  return mask ? count + 1 : count;
+#else
+  return count - mask;
+#endif
+}
+
 /// exp(x) for -87.3 <= x <= 88.3, relative error below 2e-7: x = n ln 2 + r, |r| <= ln 2 / 2, a
 /// polynomial in r (Cephes' coefficients), and n into the exponent. NaN stays NaN.
 CLEAVE_INLINE Floats exp_in_range(const Floats& x) {
