@@ -184,7 +184,7 @@ void DecoderPacker::append(const std::string& name, std::vector<float>& to) cons
 
 PackedMoe pack(const MoeLayer& layer, WeightType type, const ParallelFor& parallel) {
   return {PackedExperts(layer.experts, type, parallel),
-          PackedLinear(layer.router.view(), WeightType::kF32, parallel),
+          PackedLinear(layer.router.view(), router_weight_type(type), parallel),
           layer.experts_per_token,
           layer.gate,
           layer.scale,

@@ -64,7 +64,7 @@ class Assembler {
     PackedMoe moe;
     moe.experts = experts(prefix, "experts", c_.num_experts, c_.intermediate_size);
     if (c_.shared_width(l) > 0) moe.shared = experts(prefix, "shared", 1, c_.shared_width(l));
-    moe.router = linear(prefix + "router", c_.num_experts, D, WeightType::kF32);
+    moe.router = linear(prefix + "router", c_.num_experts, D, router_weight_type(type_));
     moe.experts_per_token = c_.experts_per_token;
     w.ffn = std::move(moe);
     return w;

@@ -12,7 +12,7 @@ namespace cleave {
 
 /// To be raised whenever the bytes of packed weights change their meaning (packed_format.h) or the
 /// file its layout: an older file is then made again. A test holds the bytes.
-inline constexpr int kPackedCacheVersion = 4;
+inline constexpr int kPackedCacheVersion = 5;
 
 /// Maps the file. The weights keep the mapping alive.
 /// @throws FileError  why the file is of no use: another version, type or source, cut short,

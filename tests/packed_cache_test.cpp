@@ -14,6 +14,7 @@
 #include "cleave/error.h"
 #include "hash64.h"
 #include "kernels/packed_format.h"
+#include "quants.h"
 #include "support/paths.h"
 #include "support/random_llama.h"
 #include "support/tiny_model.h"
@@ -69,6 +70,28 @@ TEST(PackedCache, MappedWeightsGiveTheSameLogits) {
       }
       EXPECT_EQ(cached.notices.size(), 0u) << "a file that fits needs no notice";
     }
+}
+
+// Mapped and packed alike: float32 with float32 and float16 weights, bfloat16 with all others.
+TEST(PackedCache, RoutersAreFloat32OrBfloat16) {
+  const TinyGolden golden = tiny_golden("mixtral");
+  for (const WeightType type : kAllTypes) {
+    SCOPED_TRACE(weight_type_name(type));
+    CachedModel cached(golden.directory);
+    const bool exact = type == WeightType::kF32 || type == WeightType::kF16;
+    const std::vector<float> stored =
+        Checkpoint::open(golden.directory).read("model.layers.1.block_sparse_moe.gate.weight");
+    for (const bool mapped : {false, true}) {
+      cached.load(type);
+      const Model model =
+          mapped ? cached.load(type)
+                 : Model::load(Checkpoint::open(golden.directory), {.threads = 2, .weights = type});
+      const std::vector<float> router = model.moe_layer(1).router.weight;
+      ASSERT_EQ(router.size(), stored.size());
+      for (std::size_t i = 0; i < stored.size(); ++i)
+        ASSERT_EQ(router[i], exact ? stored[i] : bf16_to_float(float_to_bf16(stored[i]))) << i;
+    }
+  }
 }
 
 TEST(PackedCache, TheFirstLoadWritesAndSaysSo) {
@@ -277,7 +300,7 @@ TEST(PackedCache, TheVersionNamesTheseBytes) {
   // Panels that would lie a power of two apart are followed by a gap.
   EXPECT_EQ(ExpertLayout(WeightType::kBF16, true, 2048).bytes(), 198656);
   EXPECT_EQ(ExpertLayout(WeightType::kBF16, true, 576).bytes(), 55296);
-  EXPECT_EQ(kPackedCacheVersion, 4);
+  EXPECT_EQ(kPackedCacheVersion, 5);
   const std::vector<std::uint64_t> expected = {
       5782653931727376200u,  3129911873024360173u, 16290272059884264363u, 9146397794057263907u,
       15266565610653862966u, 8014583004373438550u, 1675623153806550888u,  8116668216320295476u,
