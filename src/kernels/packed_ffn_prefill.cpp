@@ -47,8 +47,9 @@ class PrefillPart {
     std::int64_t i = 0;
     while (i + 1 < *shared_.num_runs && shared_.runs[i + 1].task <= task) ++i;
     const Run& run = shared_.runs[i];
-    const std::int64_t p = run.panel + (task - run.task) * kPanelGroup;
-    const std::int64_t end = std::min(run.panel_end, p + kPanelGroup);
+    const std::int64_t group = task_panels<Blocks>(run.rows);
+    const std::int64_t p = run.panel + (task - run.task) * group;
+    const std::int64_t end = std::min(run.panel_end, p + group);
     // Probably this part's next task.
     const Run& next = shared_.runs[(i + 1) % *shared_.num_runs];
     const Place after = end == run.panel_end ? place(next, next.panel) : place(run, end);
@@ -138,16 +139,29 @@ class PrefillPart {
                            : same_group ? place(run, begin)
                                         : after;
         const std::int64_t next_block = same_block ? b : same_group ? b + 1 : 0;
-        blocks_.multiply(block,
-                         {gate_up(next, next_block), panel_bytes(layout_.format, block_steps_),
-                          panels, gate_up_stride(next)},
-                         m, b > 0, kRowGroup * kPanelWidth,
-                         {shared_.x + b * block_steps_, x_stride_, token},
-                         {product(p - begin, 0), kPanelWidth, nullptr});
+        blocks_.multiply(
+            block,
+            {gate_up(next, next_block), panel_bytes(layout_.format, block_steps_), panels,
+             gate_up_stride(next)},
+            m, b > 0, kRowGroup * kPanelWidth, {shared_.x + b * block_steps_, x_stride_, token},
+            {product(p - begin, 0), kPanelWidth, nullptr}, rows_to_fetch(run, p, panels));
         if (b + 1 == blocks)
           for (std::int64_t i = p; i < p + panels; ++i) activate(run, i, i - begin, first, m);
       }
     }
+  }
+
+  /// Of the next run's rows of x, the share that panels [p, p + panels) of this one fetch: none of
+  /// so many rows that they would drive this run's own from a second-level cache.
+  NextRows<const Value> rows_to_fetch(const Run& run, std::int64_t p, std::int64_t panels) const {
+    const Run& next = *(&run + 1);
+    const std::int64_t bytes = x_stride_ * static_cast<std::int64_t>(sizeof(Value));
+    if (&next == shared_.runs + *shared_.num_runs || (run.rows + next.rows) * bytes > kRowsInCache)
+      return {};
+    const std::int64_t all = run.panel_end - run.panel, from = next.rows * (p - run.panel) / all;
+    return {{shared_.x, x_stride_, shared_.groups.token + next.pair + from},
+            next.rows * (p + panels - run.panel) / all - from,
+            y_.cols};
   }
 
   void activate(const Run& run, std::int64_t panel, std::int64_t index, std::int64_t first,

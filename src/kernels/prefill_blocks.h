@@ -40,6 +40,13 @@ struct RowList {
   T* operator()(std::int64_t r) const { return begin + (index != nullptr ? index[r] : r) * stride; }
 };
 
+/// Rows that products to come will read, of so many values.
+template <typename T>
+struct NextRows {
+  RowList<T> rows;
+  std::int64_t count = 0, values = 0;
+};
+
 /// Weights are unpacked to floats, two panels at a time, into a second-level cache; those that are
 /// floats in one piece are multiplied where they lie.
 class UnpackedBlocks {
@@ -70,7 +77,7 @@ class UnpackedBlocks {
   /// y (+)= x times the block, for m rows.
   void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
                 std::int64_t panel_offset, const RowList<const float>& x_of,
-                const RowList<float>& y_of) const {
+                const RowList<float>& y_of, const NextRows<const float>& = {}) const {
     const bool pair = block.panels == 2;
     const auto* kernels = pair         ? kernels_.multiply_pair
                           : block.half ? kernels_.multiply_half
@@ -175,8 +182,8 @@ class DotBlocks {
   }
 
   void multiply(const WeightBlock& block, const NextBlock& next, std::int64_t m, bool add,
-                std::int64_t panel_offset, const RowList<const Value>& x,
-                const RowList<float>& y) const {
+                std::int64_t panel_offset, const RowList<const Value>& x, const RowList<float>& y,
+                NextRows<const Value> next_x = {}) const {
     const bool pair = block.panels == 2;
     const std::int64_t most = pair ? kPairRows : kDotRows, products = (m + most - 1) / most;
     const std::int64_t pairs = (block.piece_steps + 1) / 2, piece = pairs * 2 * kLine;
@@ -200,6 +207,15 @@ class DotBlocks {
         n = std::min(count, kListed / rows);
         for (std::int64_t r = 0; r < n * rows; ++r) x_row[r] = x(first + r);
         for (std::int64_t r = 0; r < n * rows; ++r) y_row[r] = y(first + r);
+        const Value* fetch_x = x_row[0];
+        std::int64_t bytes_of_x = 0;
+        if (whole_rows) {
+          fetch_x += rows * x.stride;
+          bytes_of_x = n * rows * x.stride * kValueBytes;
+        } else if (next_x.count > 0) {
+          fetch_x = next_x.rows(--next_x.count);
+          bytes_of_x = next_x.values * kValueBytes;
+        }
         kernels[rows - 1]({{block.panel[0], block.panel[1]},
                            x_row,
                            y_row,
@@ -214,8 +230,8 @@ class DotBlocks {
                            rate,
                            share,
                            next.stride - share,
-                           x_row[0] + (whole_rows ? rows * x.stride : 0),
-                           whole_rows ? (rows * x.stride * kValueBytes + turns - 1) / turns : 0});
+                           fetch_x,
+                           (bytes_of_x + n * turns - 1) / (n * turns)});
       }
     });
   }

@@ -12,8 +12,9 @@
 // A pass of packed_ffn_prefill.cpp: its memory, and how its work is cut into tasks.
 namespace cleave::prefill {
 
-inline constexpr std::int64_t kPanelGroup = 4;    // panels that share rows in a second-level cache
-inline constexpr std::int64_t kRowGroup = 512;    // those rows, at most
+inline constexpr std::int64_t kPanelGroup = 4;  // panels that share rows in a second-level cache
+inline constexpr std::int64_t kRowGroup = 512;  // those rows, at most
+inline constexpr std::int64_t kRowsInCache = 512 << 10;  // bytes of x in a second-level cache
 inline constexpr std::int64_t kDownGroup = 5;     // panels of y that are summed together, at most
 inline constexpr std::int64_t kJoinedPanels = 8;  // of experts that may share a run
 
@@ -130,6 +131,13 @@ PrefillScratch carve_scratch(Carver& from, std::int64_t tokens) {
   return s;
 }
 
+/// Panels of a task of the hidden phase. Few rows stay in a second-level cache from task to task
+/// anyway, and parts that end with small tasks wait less for each other.
+template <typename Blocks>
+std::int64_t task_panels(std::int64_t rows) {
+  return Blocks::panels(rows) == 1 ? 1 : kPanelGroup;
+}
+
 /// Cuts the tasks of both phases into shares of equal cost.
 template <typename Blocks>
 void share_tasks(std::int64_t parts, const Shared<typename Blocks::Value>& s) {
@@ -141,10 +149,11 @@ void share_tasks(std::int64_t parts, const Shared<typename Blocks::Value>& s) {
   std::int64_t part = 0, begin = 0, task = 0, before = 0;
   for (std::int64_t i = 0; i < runs; ++i) {
     s.runs[i].task = task;
-    for (std::int64_t p = s.runs[i].panel; p < s.runs[i].panel_end; p += kPanelGroup, ++task) {
+    const std::int64_t group = task_panels<Blocks>(s.runs[i].rows);
+    for (std::int64_t p = s.runs[i].panel; p < s.runs[i].panel_end; p += group, ++task) {
       for (; part + 1 < parts && before >= total * (part + 1) / parts; ++part, begin = task)
         hidden.set(part, begin, task);
-      before += std::min(kPanelGroup, s.runs[i].panel_end - p) * Blocks::panel_cost(s.runs[i].rows);
+      before += std::min(group, s.runs[i].panel_end - p) * Blocks::panel_cost(s.runs[i].rows);
     }
   }
   for (; part < parts; ++part, begin = task) hidden.set(part, begin, task);

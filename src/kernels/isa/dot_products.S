@@ -37,11 +37,12 @@
 	.set products_left, 40
 	.set next_prefetch, 48
 	.set this_prefetch, 56
+	.set rate_of_x, 64
 	.set frame, 72
 
 // Registers: rdi what to fetch, r15 weights, rbp bytes of a row behind us; of two panels r14 from the
 // first to the second, and r13 from what to fetch of the one to that of the other, r12 what to fetch
-// of x and r11 how far it goes on.
+// of x and r11 how far it goes on; of one r14 what to fetch of x, but for 12 rows.
 
 // action reg, row: for each row, with the register for its x.
 	.macro each_row rows, action
@@ -149,6 +150,9 @@ kernel_\panels\()_\lines\()_\rows:
 	.if \panels == 2
 	mov	r12, [rdi + prefetch_x]
 	mov	r11, [rdi + x_rate]
+	.elseif \rows < 12
+	mov	r14, [rdi + prefetch_x]
+	keep	x_rate, rate_of_x
 	.endif
 
 1:	mov	rdi, [rsp + arguments]
@@ -175,8 +179,14 @@ kernel_\panels\()_\lines\()_\rows:
 	prefetcht0 [rdi + r13]
 	prefetcht0 [r12]
 	add	r12, r11
-	.elseif \lines == 2
+	.else
+	.if \lines == 2
 	prefetcht0 [rdi + 64]
+	.endif
+	.if \rows < 12
+	prefetcht1 [r14]
+	add	r14, [rsp + rate_of_x]
+	.endif
 	.endif
 	add	rdi, [rsp + rate]
 	vmovdqu32 zmm24, [r15]

@@ -120,7 +120,7 @@ struct DotProduct {
   std::int64_t prefetch_rate;   ///< bytes: a line at most, or two with multiply_alone
   std::int64_t prefetch_bytes;  ///< per piece and product
   std::int64_t prefetch_gap;    ///< bytes, from what one piece fetches to what the next does
-  /// With two panels also, in every two steps, what lies `x_rate` bytes behind the last such.
+  /// But for 12 rows also, in every two steps, what lies `x_rate` bytes behind the last such.
   const std::uint16_t* prefetch_x;
   std::int64_t x_rate;
 };
