@@ -107,9 +107,9 @@ std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64
   for (int round = -1; round < rounds; ++round)
     for (std::size_t i = 0; i < tasks.size(); ++i) {
       wait_for_quiet();
-      tasks[i](round + 1 + rounds / 2);
+      tasks[i](2 * round + 2);
       const auto begin = std::chrono::steady_clock::now();
-      tasks[i](round + 1);
+      tasks[i](2 * round + 3);
       const double s =
           std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
       if (round >= 0) seconds[i].push_back(s);

@@ -53,9 +53,10 @@ double median(std::vector<double> values);
 /// Median over the rounds of a's time by b's. Other work on the machine comes and goes in seconds,
 /// so what ran in the same round compares better than two medians do.
 double paired_ratio(const Timing& a, const Timing& b);
-/// Runs all in turn, `rounds` times after one round of warming up; task(round). Each runs twice,
-/// and the second time counts: the first wakes the threads and drives what others left from the
-/// caches.
+/// Runs all in turn, `rounds` times after one round of warming up. Each runs twice, and the second
+/// time counts: the first wakes the threads and drives what others left from the caches. task(run)
+/// gets run numbers that go up by one, so a task of two sets of layers or more never times those
+/// that it has just read.
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,
                                  int rounds);
 

@@ -25,6 +25,9 @@ std::int64_t layers_in_a_row(const FfnShape& shape, std::int64_t tokens) {
   return 3 * tokens * shape.d_model * shape.hidden < kShortCall ? kRowOfLayers : 1;
 }
 
+/// Layers of a setup that runs eight in a row: the timed ones were not read by the call before.
+constexpr std::int64_t kTwoRows = 2 * kRowOfLayers;
+
 /// Runs a setup's layers in rotation on the same tokens.
 class Runner {
  public:
@@ -40,9 +43,9 @@ class Runner {
             parallel_);
   }
   Task task() {
-    return [this](std::int64_t round) {
+    return [this](std::int64_t run) {
       const std::int64_t n = layers_in_a_row(setup_.shape(), routing_.num_tokens);
-      for (std::int64_t i = 0; i < n; ++i) run_layer(round * n + i);
+      for (std::int64_t i = 0; i < n; ++i) run_layer(run * n + i);
     };
   }
 
@@ -52,6 +55,59 @@ class Runner {
   ParallelFor parallel_;
   Workspace workspace_;
   std::vector<float> x_, y_;
+};
+
+/// Layers of 96 experts of 16 neurons, of which 24 are always on, as the decoder runs them: 24 of
+/// 72 by a router of bfloat16, which is part of the price, and the shared ones as one slice.
+class FineLayers {
+ public:
+  static FfnShape shape() { return {576, 1536, 96, 48, 24}; }
+
+  FineLayers(std::int64_t T, const ParallelFor& parallel)
+      : T_(T),
+        parallel_(parallel),
+        routed_(with_layers({576, 1152, 72, 24}), parallel),
+        shared_(with_layers({576, 384, 1, 1}), parallel),
+        x_(random_values(T * 576, 7)),
+        y_(x_.size()),
+        logits_(static_cast<std::size_t>(T * 72)) {
+    const auto weights = random_values(72 * 576, 6);
+    router_ = PackedLinear({weights.data(), 72, 576}, WeightType::kBF16);
+    // What the router gives is not used: random weights would choose the same experts for all.
+    routing_ = random_routing(routed_.shape(), T, 5);
+  }
+  /// 318 MB of bfloat16, so that weights of one token come from memory.
+  static constexpr std::int64_t kLayers = 60;
+  std::int64_t layers() const { return routed_.shape().layers; }
+
+  Task task() {
+    return [this](std::int64_t run) {
+      const std::int64_t n = layers_in_a_row(shape(), T_);
+      for (std::int64_t i = 0; i < n; ++i) run_layer(run * n + i);
+    };
+  }
+
+ private:
+  FfnShape with_layers(FfnShape s) const {
+    s.layers = T_ == 1 ? kLayers : kTwoRows;
+    return s;
+  }
+  void run_layer(std::int64_t layer) {
+    const MatrixView<const float> x(x_.data(), T_, 576);
+    const MatrixView<float> y(y_.data(), T_, 576), logits(logits_.data(), T_, 72);
+    linear(router_, x, {}, logits, false, workspace_, parallel_);
+    route(logits, {.experts_per_token = 24, .mode = GateMode::kSoftmax}, ignored_, parallel_);
+    moe_ffn(routed_.layer(layer), routing_, 1.0f, x, y, workspace_, parallel_);
+    dense_ffn(shared_.layer(layer), x, y, workspace_, parallel_);
+  }
+
+  std::int64_t T_;
+  ParallelFor parallel_;
+  FfnSetup routed_, shared_;
+  std::vector<float> x_, y_, logits_;
+  PackedLinear router_;
+  Routing routing_, ignored_;
+  Workspace workspace_;
 };
 
 FfnShape dense_of(FfnShape shape) {
@@ -136,7 +192,7 @@ class Suite {
 
   void few_tokens() {
     FfnShape shape;
-    shape.layers = 8;
+    shape.layers = kTwoRows;
     const FfnSetup sparse(shape, parallel()), dense(dense_of(shape), parallel());
     const ReadProbe probe(std::int64_t{384} << 20);  // beyond any cache
     const BaselineShape s{shape.d_model, shape.hidden, shape.layers, pool_.threads()};
@@ -163,9 +219,9 @@ class Suite {
                               run_dense.task()};
       for (DenseBaseline* b : {onednn_f32.get(), onednn_bf16.get()})
         if (b != nullptr && T <= 8)
-          tasks.push_back([&, b](std::int64_t round) {
+          tasks.push_back([&, b](std::int64_t run) {
             for (std::int64_t i = 0; i < in_a_row; ++i)
-              b->run((round * in_a_row + i) % shape.layers, T, x.data(), y.data());
+              b->run((run * in_a_row + i) % shape.layers, T, x.data(), y.data());
           });
       const auto times = time_in_turn(tasks, T <= 8 ? 31 : 61);
       const std::size_t rounds = times[0].rounds_s.size();
@@ -207,8 +263,10 @@ class Suite {
     OneDnn baseline = onednn(base);
     for (const auto& [E, K, T] : {std::array<std::int64_t, 3>{8, 2, 512},
                                   {8, 2, 2048},
+                                  {8, 2, 4096},
                                   {16, 4, 512},
                                   {16, 4, 2048},
+                                  {16, 4, 4096},
                                   {32, 4, 1024}}) {
       FfnShape shape = base;
       shape.experts = E;
@@ -218,7 +276,7 @@ class Suite {
       Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
       std::vector<Task> tasks{run_sparse.task(), run_dense.task()};
       for (Task& task : baseline.tasks(shape, T)) tasks.push_back(std::move(task));
-      const auto times = time_in_turn(tasks, T > 1024 ? 15 : 41);
+      const auto times = time_in_turn(tasks, T > 2048 ? 9 : T > 1024 ? 15 : 41);
       const Timing& best = fastest(times, 1);
       fmt::print(stderr,
                  "E {} K {} T {}: sparse {:.1f} ms, dense {:.1f} ms, best dense {:.1f} ms\n", E, K,
@@ -241,10 +299,9 @@ class Suite {
 
   void quantised() {
     FfnShape shape;
-    shape.layers = 8;
+    shape.layers = kTwoRows;
     const Routing routing = random_routing(shape, 1, 5);
     const FfnSetup bf16(shape, parallel());
-    shape.layers = 16;
     shape.type = WeightType::kInt8;
     const FfnSetup int8(shape, parallel());
     shape.type = WeightType::kInt4;
@@ -271,37 +328,13 @@ class Suite {
   }
 
   void fine_experts() {
-    FfnShape shape;
-    shape.d_model = 576;
-    shape.hidden = 1536;
-    shape.experts = 96;
-    shape.active = 48;
-    shape.shared = 24;
     for (const std::int64_t T : {1, 512, 1024}) {
-      shape.layers = T == 1 ? 60 : kRowOfLayers;
-      const FfnSetup fine(shape, parallel()), dense(dense_of(shape), parallel());
-      Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
-      const Routing routing = random_routing(shape, T, 5);
-      Runner run_fine(fine, routing, parallel());
-      // The router is part of the price: 72 routed experts, and as in the decoder bfloat16.
-      const std::int64_t routed = shape.experts - shape.shared, D = shape.d_model;
-      const auto weights = random_values(routed * D, 6), x = random_values(T * D, 7);
-      const PackedLinear router({weights.data(), routed, D}, WeightType::kBF16);
-      std::vector<float> logits(T * routed);
-      Workspace workspace;
-      Routing ignored;
-      const Task sparse = [&](std::int64_t round) {
-        const std::int64_t n = layers_in_a_row(shape, T);
-        for (std::int64_t i = 0; i < n; ++i) {
-          linear(router, {x.data(), T, D}, {}, {logits.data(), T, routed}, false, workspace,
-                 parallel());
-          route({logits.data(), T, routed},
-                {.experts_per_token = shape.active - shape.shared, .mode = GateMode::kSoftmax},
-                ignored, parallel());
-          run_fine.run_layer(round * n + i);
-        }
-      };
-      const auto times = time_in_turn({sparse, run_dense.task()}, T == 1 ? 121 : 61);
+      FineLayers fine(T, parallel());
+      FfnShape shape = dense_of(FineLayers::shape());
+      shape.layers = fine.layers();
+      const FfnSetup dense(shape, parallel());
+      Runner run_dense(dense, random_routing(shape, T, 5), parallel());
+      const auto times = time_in_turn({fine.task(), run_dense.task()}, T == 1 ? 121 : 61);
       fmt::print(stderr, "fine T {}: sparse {:.3f} ms, dense {:.3f} ms\n", T,
                  1e3 * times[0].median_s, 1e3 * times[1].median_s);
       report("C8", fmt::format("48 of 96 experts of 16, T = {}: share of ideal", T),
