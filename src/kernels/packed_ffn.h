@@ -20,6 +20,15 @@ struct FfnCall {
   MatrixView<float> y;
 };
 
+/// Experts of a panel or two, on average.
+inline bool is_narrow(const PackedExperts& experts) {
+  const std::int64_t E = experts.num_experts();
+  return experts.panel_begin(E) <= 2 * E;
+}
+
+/// Whether prompts are multiplied as bfloat16 pairs.
+bool uses_dots(const PackedExperts& experts);
+
 /// Few tokens per expert: weights are read once, as they are stored. See packed_ffn_decode.cpp.
 void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
 /// Many: weights are unpacked once per pass. See packed_ffn_prefill.cpp.

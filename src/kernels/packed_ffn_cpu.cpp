@@ -11,12 +11,16 @@
 namespace cleave {
 namespace {
 
-// From so many rows per expert on, unpacking weights and a second phase are paid for.
-constexpr std::int64_t kPrefillRows = 12;
+/// Rows per expert from which on a second phase pays, with weights unpacked once for all rows or
+/// multiplied as pairs.
+std::int64_t prefill_rows(const PackedExperts& experts) {
+  if (!uses_dots(experts)) return 16;
+  return is_narrow(experts) ? 9 : 5;
+}
 
 void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
   if (call.x.rows == 0 || call.k == 0) return;
-  if (call.x.rows * call.k >= kPrefillRows * call.experts.num_experts())
+  if (call.x.rows * call.k >= prefill_rows(call.experts) * call.experts.num_experts())
     run_prefill(call, workspace, parallel);
   else
     run_decode(call, workspace, parallel);
@@ -44,7 +48,7 @@ std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t nu
   const std::int64_t T = num_tokens, k = experts_per_token, parts = std::max(1, threads);
   if (T < 1 || k < 1) return 0;
   // Fewer tokens than these may be run in the other way.
-  const std::int64_t decoded = std::min(T, (kPrefillRows * experts.num_experts() - 1) / k);
+  const std::int64_t decoded = std::min(T, (prefill_rows(experts) * experts.num_experts() - 1) / k);
   return std::max(decode_bytes(experts, decoded, k, parts), prefill_bytes(experts, T, k, parts));
 }
 

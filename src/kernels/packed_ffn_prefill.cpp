@@ -294,24 +294,36 @@ void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel)
   const std::int64_t stride = skewed_stride<Value>(D + 1);
   for (std::int64_t first = 0; first < T; first += pass) {
     const std::int64_t count = std::min(pass, T - first);
-    const PairSorter sorter(call, first, count, shared.groups, shared.counts, parts, shared.weight);
+    // Few pairs are sorted by one part, at once, while the others round rows of x: each time that
+    // all wait for each other costs more.
+    const bool few = count * call.k <= kFewPairs;
+    const PairSorter sorter(call, first, count, shared.groups, shared.counts, few ? 1 : parts,
+                            shared.weight);
     const auto for_parts = [&](const auto& body) {
       parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
         for (std::int64_t part = part_begin; part < part_end; ++part) body(part);
       });
     };
-    for_parts([&](std::int64_t part) {
-      sorter.count(part);
-      for (std::int64_t t = sorter.token_begin(part); t < sorter.token_begin(part + 1); ++t)
-        Blocks::set_row(call.x.row(first + t), D, shared.x + t * stride);
-    });
-    // One range: in one thread, whoever that is.
-    parallel(1, 1, [&](std::int64_t, std::int64_t) {
+    const auto plan = [&] {
       sorter.sum_up();
       find_runs(call, count, shared);
       share_tasks<Blocks>(parts, shared);
+    };
+    for_parts([&](std::int64_t part) {
+      if (!few) sorter.count(part);
+      if (few && part == 0) {
+        sorter.count(0);
+        plan();
+        sorter.place(0);
+      }
+      for (std::int64_t t = count * part / parts; t < count * (part + 1) / parts; ++t)
+        Blocks::set_row(call.x.row(first + t), D, shared.x + t * stride);
     });
-    for_parts([&](std::int64_t part) { sorter.place(part); });
+    if (!few) {
+      // One range: in one thread, whoever that is.
+      parallel(1, 1, [&](std::int64_t, std::int64_t) { plan(); });
+      for_parts([&](std::int64_t part) { sorter.place(part); });
+    }
     const auto run_parts = [&](const auto& body) {
       for_parts([&](std::int64_t part) {
         const PrefillPart<Blocks> runner(call, shared, scratch_of(part), stride,
@@ -330,22 +342,22 @@ void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel)
   }
 }
 
+}  // namespace
+}  // namespace prefill
+
 bool uses_dots(const PackedExperts& experts) {
   return experts.type() == WeightType::kBF16 && panel_kernels().dots != nullptr;
 }
 
-}  // namespace
-}  // namespace prefill
-
 std::size_t prefill_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
                           std::int64_t parts) {
-  return prefill::uses_dots(experts) ? prefill::bytes<DotBlocks>(experts, tokens, k, parts)
-                                     : prefill::bytes<UnpackedBlocks>(experts, tokens, k, parts);
+  return uses_dots(experts) ? prefill::bytes<DotBlocks>(experts, tokens, k, parts)
+                            : prefill::bytes<UnpackedBlocks>(experts, tokens, k, parts);
 }
 
 void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
-  prefill::uses_dots(call.experts) ? prefill::run<DotBlocks>(call, workspace, parallel)
-                                   : prefill::run<UnpackedBlocks>(call, workspace, parallel);
+  uses_dots(call.experts) ? prefill::run<DotBlocks>(call, workspace, parallel)
+                          : prefill::run<UnpackedBlocks>(call, workspace, parallel);
 }
 
 }  // namespace cleave

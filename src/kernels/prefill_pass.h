@@ -12,17 +12,12 @@
 // A pass of packed_ffn_prefill.cpp: its memory, and how its work is cut into tasks.
 namespace cleave::prefill {
 
-inline constexpr std::int64_t kPanelGroup = 4;  // panels that share rows in a second-level cache
-inline constexpr std::int64_t kRowGroup = 512;  // those rows, at most
+inline constexpr std::int64_t kPanelGroup = 4;   // panels that share rows in a second-level cache
+inline constexpr std::int64_t kFewPairs = 1024;  // that one part sorts in a few microseconds
+inline constexpr std::int64_t kRowGroup = 512;   // those rows, at most
 inline constexpr std::int64_t kRowsInCache = 512 << 10;  // bytes of x in a second-level cache
 inline constexpr std::int64_t kDownGroup = 5;     // panels of y that are summed together, at most
 inline constexpr std::int64_t kJoinedPanels = 8;  // of experts that may share a run
-
-/// Experts of a panel or two, on average.
-inline bool is_narrow(const PackedExperts& experts) {
-  const std::int64_t E = experts.num_experts();
-  return experts.panel_begin(E) <= 2 * E;
-}
 
 /// Tokens of one pass, which bounds the memory. Of narrow experts the sums of y are read and
 /// written most, and should stay in a second-level cache.
