@@ -156,6 +156,7 @@ Model& Model::operator=(Model&&) noexcept = default;
 Model::~Model() = default;
 
 Model Model::load(const Checkpoint& checkpoint, const ModelSpec& spec) {
+  isa_name();  // chosen now, so that a wrong CLEAVE_ISA shows before anything is written
   check_threshold(checkpoint, spec.router_threshold);
   Model model(std::make_unique<Impl>(checkpoint, spec));
   if (spec.router_threshold > 0.0f) model.impl_->restore_hard_gates();

@@ -41,8 +41,9 @@ const char* isa_name();
 /// y[t] = W x[t] + bias.
 ///   x [T, d_in]   weight [d_out, d_in]   bias [d_out] or empty   y [T, d_out], overwritten
 /// y must not overlap x. Shapes are the caller's promise (asserted only).
+/// @throws InvalidArgument  see isa_name(); so may every op below
 void linear(MatrixView<const float> x, MatrixView<const float> weight, std::span<const float> bias,
-            MatrixView<float> y, const ParallelFor& parallel) noexcept;
+            MatrixView<float> y, const ParallelFor& parallel);
 
 /// The definition of linear(): plain loops, double accumulators. `magnitude` [T, d_out], if given,
 /// receives the sum of |terms|: it bounds the rounding error of any order of summation.

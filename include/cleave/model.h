@@ -89,7 +89,7 @@ class Model {
  public:
   /// @throws FileError  a tensor is missing, has the wrong shape or holds NaN
   /// @throws InvalidArgument  a router threshold outside [0, 1], a K outside [1, E], or one of them
-  ///                          for a model without experts
+  ///                          for a model without experts; or see isa_name()
   static Model load(const Checkpoint& checkpoint, const ModelSpec& spec = {});
   Model(Model&&) noexcept;
   Model& operator=(Model&&) noexcept;

@@ -45,7 +45,7 @@ void product(MatrixView<const float> x, MatrixView<const float> weight, std::spa
 }  // namespace
 
 void linear(MatrixView<const float> x, MatrixView<const float> weight, std::span<const float> bias,
-            MatrixView<float> y, const ParallelFor& parallel) noexcept {
+            MatrixView<float> y, const ParallelFor& parallel) {
   product(x, weight, bias, y, Store::kOverwrite, parallel);
 }
 

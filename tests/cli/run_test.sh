@@ -68,6 +68,20 @@ expect 2 $cleave calibrate moe other.safetensors --text model/sample.txt --conte
 says err.txt 'mixture of experts'
 [ -e other.safetensors ] && fail "a failed calibration left a file"
 
+# An instruction set that nobody has, and one that this kind of machine has not.
+unsupported=neon
+case $(uname -m) in aarch64 | arm64) unsupported=avx2 ;; esac
+for isa in sse9 $unsupported; do
+  for command in "run model --prompt Once" "eval model --text model/sample.txt --quiet" "convert model never \
+    --experts 8 --active 4 --calibration model/sample.txt --calibration-tokens 2048 --quiet"; do
+    expect 2 env CLEAVE_ISA=$isa $cleave $command
+    says err.txt "^cleave: CLEAVE_ISA: '$isa' is not an instruction set this machine and build have; use one of .*scalar"
+    [ "$(wc -l <err.txt)" -eq 1 ] || fail "CLEAVE_ISA=$isa: more than one line: $(cat err.txt)"
+    [ -s out.txt ] && fail "CLEAVE_ISA=$isa: $command wrote before it failed"
+  done
+done
+[ -e never ] && fail "a conversion without kernels left a directory"
+
 # Interrupted in the middle: what is there stays, the summary comes, the code is that of Ctrl-C.
 $cleave run model --prompt Once --max-tokens 20000 --ignore-eos >out.txt 2>err.txt &
 pid=$!
