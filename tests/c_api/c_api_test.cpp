@@ -6,6 +6,7 @@
 
 #include "c_api/c_layer.h"
 #include "cleave/version.h"
+#include "kernels/ffn_cases.h"
 
 namespace cleave {
 namespace {
@@ -19,34 +20,49 @@ constexpr Activation kActivationOf[] = {Activation::kSilu,     Activation::kGelu
 constexpr std::int32_t kStored[] = {CLEAVE_F32, CLEAVE_BF16, CLEAVE_F16};
 constexpr std::int32_t kPacked[] = {CLEAVE_F32, CLEAVE_BF16, CLEAVE_F16, CLEAVE_INT8, CLEAVE_INT4};
 
-TEST(CApi, ExpertsEqualTheReferenceOnRandomShapes) {
-  for (unsigned seed = 0; seed < 180; ++seed) {
-    std::mt19937 rng(seed);
-    CLayerSpec s;
-    s.E = pick(rng, 1, seed % 5 == 0 ? 40 : 8);
-    s.D = pick(rng, 1, 100);
-    s.I = pick(rng, 1, 70);
-    s.gated = seed % 2 == 0;
-    s.biases = seed % 3 == 0;
-    s.activation = static_cast<std::int32_t>(seed / 2 % 6);
-    s.stored = kStored[seed % 3];
-    s.packed = kPacked[seed % 5];
-    s.seed = seed;
-    const std::int64_t T = pick(rng, 0, seed % 9 == 0 ? 200 : 20), K = pick(rng, 1, s.E);
-    SCOPED_TRACE(fmt::format("seed={} E={} D={} I={} T={} K={} stored={} packed={} activation={}",
-                             seed, s.E, s.D, s.I, T, K, s.stored, s.packed, s.activation));
-    const CLayer layer(s);
-    const ExpertsHandle experts = create(layer.desc());
-    ASSERT_NE(experts, nullptr);
-    CCall c(experts.get(), T, K, 1, seed);
-    c.call.scale = seed % 4 == 0 ? 0.0f : 1.5f;  // 0 counts as 1
-    const float scale = seed % 4 == 0 ? 1.0f : 1.5f;
-
-    ASSERT_EQ(experts->packed.activation(), kActivationOf[s.activation]);
-    const Expectation expected(layer, c, scale);
-    ASSERT_EQ(c.run(), CLEAVE_OK) << cleave_last_error();
-    expect_near(c.y, expected.y, expected.magnitude, expected.bound);
+/// A call with the layer's experts, on threads of any kind.
+void expect_call_is_right(std::mt19937& rng, const CLayer& layer, const FfnShape& shape) {
+  const ExpertsHandle experts = create(layer.desc());
+  ASSERT_NE(experts, nullptr);
+  ASSERT_EQ(experts->packed.activation(), kActivationOf[layer.spec.activation]);
+  const int threads = std::max(1, shape.threads);
+  CCall c(experts.get(), shape.T, shape.K, threads, layer.spec.seed);
+  if (shape.drops) drop_slots(rng, c.routing);
+  const bool default_scale = pick(rng, 0, 3) == 0;  // 0 counts as 1
+  c.call.scale = default_scale ? 0.0f : 1.5f;
+  const Expectation expected(layer, c, default_scale ? 1.0f : 1.5f);
+  if (pick(rng, 0, 1) == 0) {
+    const cleave_threads callback = callback_threads(threads);
+    ASSERT_EQ(c.run(shape.threads == 0 ? nullptr : &callback), CLEAVE_OK) << cleave_last_error();
+  } else {
+    for (const cleave_status status : Spmd(threads).run(c)) ASSERT_EQ(status, CLEAVE_OK);
   }
+  expect_near(c.y, expected.y, expected.magnitude, expected.bound);
+}
+
+TEST(CApi, ExpertsEqualTheReferenceOnRandomShapes) {
+  unsigned seed = 0;
+  for (const std::int32_t stored : kStored)
+    for (const std::int32_t packed : kPacked)
+      for (std::int32_t activation = 0; activation < 6; ++activation)
+        for (const bool gated : {true, false})
+          for (const bool biases : {true, false}) {
+            std::mt19937 rng(++seed);
+            const FfnShape shape = draw_shape(rng);
+            SCOPED_TRACE(fmt::format("seed={} stored={} packed={} {}", seed, stored, packed,
+                                     describe({kActivationOf[activation], gated, biases}, shape)));
+            const CLayer layer({.E = shape.E,
+                                .D = shape.D,
+                                .I = shape.I,
+                                .gated = gated,
+                                .biases = biases,
+                                .activation = activation,
+                                .stored = stored,
+                                .packed = packed,
+                                .seed = seed});
+            expect_call_is_right(rng, layer, shape);
+            if (::testing::Test::HasFatalFailure()) return;
+          }
 }
 
 // Which row of w13 is a gate's, and which way w2 lies: types that lose nothing give it back.
@@ -139,11 +155,12 @@ TEST(CApi, AnUnusedSlotAddsNothing) {
 TEST(CApi, RouteEqualsTheReference) {
   for (unsigned seed = 0; seed < 60; ++seed) {
     std::mt19937 rng(seed);
-    const std::int64_t T = pick(rng, 0, 20), E = pick(rng, 1, 40), K = pick(rng, 1, E);
-    const std::int64_t gap = seed % 3;
+    const std::int64_t T = pick(rng, 0, 70), E = pick(rng, 1, 64), K = pick(rng, 1, E);
+    const std::int64_t gap = pick(rng, 0, 2);
+    const bool hard = pick(rng, 0, 1) == 0;
     const OwnedMatrix logits = random_matrix(rng, T, E + gap);
     const MatrixView<const float> view(logits.values.data(), T, E, E + gap);
-    const GateMode mode = seed % 2 == 0 ? GateMode::kSoftmax : GateMode::kHard;
+    const GateMode mode = hard ? GateMode::kHard : GateMode::kSoftmax;
     Routing expected;
     route_reference(view, {.experts_per_token = K, .mode = mode}, expected);
     std::vector<std::int32_t> ids(T * K, -7);
@@ -156,7 +173,7 @@ TEST(CApi, RouteEqualsTheReference) {
     call.logits_stride = gap == 0 ? 0 : E + gap;
     call.topk_ids = ids.data();
     call.topk_weights = weights.data();
-    call.gate = seed % 2 == 0 ? CLEAVE_GATE_SOFTMAX : CLEAVE_GATE_HARD;
+    call.gate = hard ? CLEAVE_GATE_HARD : CLEAVE_GATE_SOFTMAX;
     ASSERT_EQ(cleave_route(&call), CLEAVE_OK) << cleave_last_error();
     ASSERT_EQ(ids, expected.ids) << "seed " << seed;
     // A float exponential, a sum of K and a division: each within a few ulp.

@@ -165,6 +165,7 @@ struct Expectation {
       const std::int64_t t = i / D, d = i % D;
       double sum = layer.output_bias[d], size = std::abs(sum);
       for (std::int64_t k = t * K; k < (t + 1) * K; ++k) {
+        if (routing.ids[k] == Routing::kUnused) continue;
         const double weight = static_cast<double>(scale) * routing.weights[k];
         const double term = weight * layer.w2_bias[routing.ids[k] * D + d];
         sum += term;

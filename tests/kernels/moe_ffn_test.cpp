@@ -5,8 +5,7 @@
 
 #include "cleave/error.h"
 #include "cleave/moe_layer.h"
-#include "random_ffn.h"
-#include "support/thread_pool.h"
+#include "ffn_cases.h"
 
 namespace cleave {
 namespace {
@@ -14,24 +13,22 @@ namespace {
 using namespace testing;
 
 TEST(MoeFfn, MatchesReferenceOnRandomShapes) {
-  ThreadPool pool(3);
-  for (unsigned seed = 0; seed < 150; ++seed) {
-    std::mt19937 rng(seed);
-    const std::int64_t T = pick(rng, 0, seed % 10 == 0 ? 90 : 9), D = pick(rng, 1, 70);
-    const std::int64_t E = pick(rng, 1, 8), H = pick(rng, E, 90), K = pick(rng, 1, E);
-    const Activation activation = kActivations[seed % 6];
-    SCOPED_TRACE(fmt::format("seed={} T={} D={} H={} E={} K={} {}", seed, T, D, H, E, K,
-                             activation_name(activation)));
-    const ExpertBank bank = random_bank(rng, D, H, E, seed % 2 == 0, seed % 3 == 0, activation);
-    Routing routing = random_routing(rng, T, E, K);
-    if (seed % 5 == 0) drop_slots(rng, routing);
-    const OwnedMatrix x = random_matrix(rng, T, D);
-    OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
-    moe_ffn_reference(bank, routing, 1.5f, x.view(), expected.view(), magnitude.view());
-    moe_ffn(bank, routing, 1.5f, x.view(), actual.view(),
-            seed % 4 == 0 ? ParallelFor() : pool.parallel_for());
-    expect_near(actual, expected, magnitude, ffn_bound(D, H));
-  }
+  Pools pools;
+  unsigned seed = 0;
+  for (const FfnKind& kind : all_ffn_kinds())
+    for (int round = 0; round < 6; ++round) {
+      std::mt19937 rng(++seed);
+      const FfnShape s = draw_shape(rng);
+      SCOPED_TRACE(fmt::format("seed={} {}", seed, describe(kind, s)));
+      const ExpertBank bank = random_bank(rng, kind, s);
+      const Routing routing = random_routing(rng, s);
+      const OwnedMatrix x = random_matrix(rng, s.T, s.D);
+      OwnedMatrix actual = random_matrix(rng, s.T, s.D), expected = actual, magnitude = actual;
+      moe_ffn_reference(bank, routing, 1.5f, x.view(), expected.view(), magnitude.view());
+      moe_ffn(bank, routing, 1.5f, x.view(), actual.view(), pools.of(s.threads));
+      expect_near(actual, expected, magnitude, ffn_bound(s.D, most_neurons(bank, s.K)));
+      if (::testing::Test::HasFatalFailure()) return;
+    }
 }
 
 TEST(MoeFfn, AllTokensOnOneExpertAndEmptyExperts) {
@@ -103,20 +100,23 @@ TEST(MoeFfn, RefusesShapesThatDisagree) {
 }
 
 TEST(DenseFfn, MatchesReferenceOnRandomShapes) {
-  ThreadPool pool(2);
-  for (unsigned seed = 0; seed < 80; ++seed) {
-    std::mt19937 rng(seed);
-    const std::int64_t T = seed == 0 ? 1030 : pick(rng, 0, 12), D = pick(rng, 1, 50);
-    const std::int64_t H = pick(rng, 1, 90);
-    SCOPED_TRACE(fmt::format("seed={} T={} D={} H={}", seed, T, D, H));
-    const DenseFfn ffn =
-        random_dense(rng, D, H, seed % 2 == 0, seed % 3 == 0, kActivations[seed % 6]);
-    const OwnedMatrix x = random_matrix(rng, T, D);
-    OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
-    dense_ffn_reference(ffn.view(), x.view(), expected.view(), magnitude.view());
-    dense_ffn(ffn.view(), x.view(), actual.view(), pool.parallel_for());
-    expect_near(actual, expected, magnitude, ffn_bound(D, H));
-  }
+  Pools pools;
+  unsigned seed = 0;
+  for (const FfnKind& kind : all_ffn_kinds())
+    for (const std::int64_t most_tokens : {12, 12, 300, 1100}) {
+      std::mt19937 rng(++seed);
+      const std::int64_t T = pick(rng, 0, most_tokens), D = pick(rng, 1, 50);
+      const std::int64_t H = pick(rng, 1, 90);
+      const FfnShape s{T, D, H, 1, 1, static_cast<int>(pick(rng, 0, 4))};
+      SCOPED_TRACE(fmt::format("seed={} {}", seed, describe(kind, s)));
+      const DenseFfn ffn = random_dense(rng, D, H, kind.gated, kind.biases, kind.activation);
+      const OwnedMatrix x = random_matrix(rng, T, D);
+      OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
+      dense_ffn_reference(ffn.view(), x.view(), expected.view(), magnitude.view());
+      dense_ffn(ffn.view(), x.view(), actual.view(), pools.of(s.threads));
+      expect_near(actual, expected, magnitude, ffn_bound(D, H));
+      if (::testing::Test::HasFatalFailure()) return;
+    }
 }
 
 // A dense FFN cut into contiguous experts; by hand, so that this test needs no partitioner.

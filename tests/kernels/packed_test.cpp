@@ -9,6 +9,7 @@
 #include <numeric>
 
 #include "cleave/error.h"
+#include "ffn_cases.h"
 #include "kernels/dispatch.h"
 #include "kernels/packed_format.h"
 #include "kernels/panel_rows.h"
@@ -20,9 +21,6 @@ namespace cleave {
 namespace {
 
 using namespace testing;
-
-constexpr WeightType kTypes[] = {WeightType::kF32, WeightType::kBF16, WeightType::kF16,
-                                 WeightType::kInt8, WeightType::kInt4};
 
 /// linear() against its reference. Of `type`; with a bias, added to y or not.
 void expect_linear_is_right(std::mt19937& rng, std::int64_t T, std::int64_t K, std::int64_t N,
@@ -50,16 +48,20 @@ void expect_linear_is_right(std::mt19937& rng, std::int64_t T, std::int64_t K, s
 }
 
 TEST(PackedLinear, MatchesReferenceOnRandomShapes) {
-  ThreadPool pool(3);
+  Pools pools;
   Workspace workspace;
-  for (unsigned seed = 0; seed < 200; ++seed) {
-    SCOPED_TRACE(fmt::format("seed={}", seed));
-    std::mt19937 rng(seed);
-    const std::int64_t T = pick(rng, 0, seed % 8 == 0 ? 130 : 30), K = pick(rng, 1, 130);
-    const std::int64_t N = pick(rng, 1, 130);
-    expect_linear_is_right(rng, T, K, N, kTypes[seed % 5], seed % 3 == 0, seed % 2 == 0,
-                           seed % 4 == 0 ? ParallelFor() : pool.parallel_for(), workspace);
-  }
+  unsigned seed = 0;
+  for (const WeightType type : kWeightTypes)
+    for (const bool bias : {true, false})
+      for (const bool add : {true, false})
+        for (int round = 0; round < 15; ++round) {
+          std::mt19937 rng(++seed);
+          const std::int64_t T = pick(rng, 0, pick(rng, 0, 7) == 0 ? 130 : 30);
+          const std::int64_t K = pick(rng, 1, 130), N = pick(rng, 1, 130);
+          const int threads = static_cast<int>(pick(rng, 0, 4));
+          SCOPED_TRACE(fmt::format("seed={} bias={} add={} threads={}", seed, bias, add, threads));
+          expect_linear_is_right(rng, T, K, N, type, bias, add, pools.of(threads), workspace);
+        }
 }
 
 // Blocks of many rows hold some 500 or 1000 steps; and weights may have none.
@@ -67,7 +69,7 @@ TEST(PackedLinear, MatchesReferenceAroundTheEdgesOfBlocks) {
   ThreadPool pool(2);
   Workspace workspace;
   std::mt19937 rng(1);
-  for (const WeightType type : kTypes)
+  for (const WeightType type : kWeightTypes)
     for (const std::int64_t K : {0, 511, 512, 513, 1024, 1025, 2050})
       for (const std::int64_t N : {16, 17, 72})
         expect_linear_is_right(rng, /*T=*/21, K, N, type, /*with_bias=*/true, /*add=*/N == 17,
@@ -79,7 +81,7 @@ TEST(PackedLinear, LosesNoMoreThanItsTypeSays) {
   std::mt19937 rng(1);
   const std::int64_t N = 70, K = 100;
   const OwnedMatrix w = random_matrix(rng, N, K);
-  for (const WeightType type : kTypes) {
+  for (const WeightType type : kWeightTypes) {
     const PackedLinear packed(w.view(), type);
     std::vector<float> row(K);
     for (std::int64_t n = 0; n < N; ++n) {
@@ -105,122 +107,6 @@ TEST(PackedLinear, RefusesWeightsItCannotHold) {
   EXPECT_THROW(PackedLinear({w.data(), 2, 32}, WeightType::kF16), InvalidArgument);
   w[5] = std::nanf("");
   EXPECT_THROW(PackedLinear({w.data(), 2, 32}, WeightType::kF32), InvalidArgument);
-}
-
-TEST(PackedExperts, FloatsUnpackToTheSameBits) {
-  for (const bool gated : {true, false}) {
-    std::mt19937 rng(3);
-    ExpertBank bank = random_bank(rng, 37, 90, 5, gated, true, Activation::kSilu);
-    const ExpertBank back = PackedExperts(bank, WeightType::kF32).unpack();
-    EXPECT_EQ(back.begin, bank.begin);
-    EXPECT_EQ(back.gate, bank.gate);
-    EXPECT_EQ(back.up, bank.up);
-    EXPECT_EQ(back.down_t, bank.down_t);
-    EXPECT_EQ(back.gate_bias, bank.gate_bias);
-    EXPECT_EQ(back.up_bias, bank.up_bias);
-  }
-}
-
-/// moe_ffn() against its reference, twice.
-void expect_moe_ffn_is_right(std::mt19937& rng, const ExpertBank& bank, const Routing& routing,
-                             WeightType type, Workspace& workspace, const ParallelFor& parallel) {
-  const std::int64_t T = routing.num_tokens, D = bank.d_model;
-  const PackedExperts packed(bank, type, parallel);
-  const OwnedMatrix x =
-      type == WeightType::kBF16 ? random_bf16_matrix(rng, T, D) : random_matrix(rng, T, D);
-  OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
-  moe_ffn_reference(packed.unpack(), routing, 1.5f, x.view(), expected.view(), magnitude.view());
-  OwnedMatrix again = actual;
-  moe_ffn(packed, routing, 1.5f, x.view(), actual.view(), workspace, parallel);
-  expect_near(actual, expected, magnitude, ffn_bound(D, bank.rows()) + hidden_bound(type));
-  moe_ffn(packed, routing, 1.5f, x.view(), again.view(), workspace, parallel);
-  ASSERT_EQ(actual.values, again.values) << "not deterministic";
-}
-
-TEST(PackedMoeFfn, MatchesReferenceOnRandomShapes) {
-  ThreadPool pool(3);
-  Workspace workspace;
-  for (unsigned seed = 0; seed < 300; ++seed) {
-    std::mt19937 rng(seed);
-    const std::int64_t T = pick(rng, 0, seed % 6 == 0 ? 300 : 70), D = pick(rng, 1, 130);
-    const std::int64_t E = pick(rng, 1, seed % 5 == 0 ? 64 : 8), K = pick(rng, 1, E);
-    const std::int64_t H = pick(rng, E, E + 260);
-    const Activation activation = kActivations[seed % 6];
-    const WeightType type = kTypes[seed % 5];
-    SCOPED_TRACE(fmt::format("seed={} T={} D={} H={} E={} K={} {} {}", seed, T, D, H, E, K,
-                             activation_name(activation), weight_type_name(type)));
-    const ExpertBank bank = random_bank(rng, D, H, E, seed % 2 == 0, seed % 3 == 0, activation);
-    Routing routing = random_routing(rng, T, E, K);
-    if (seed % 7 == 0) drop_slots(rng, routing);
-    expect_moe_ffn_is_right(rng, bank, routing, type, workspace,
-                            seed % 4 == 0 ? ParallelFor() : pool.parallel_for());
-  }
-}
-
-// Of hidden values only so many are kept at once: 1024 or 2048 in decode, blocks of weights have
-// 512 or 1024 steps, and an expert may have more rows than a stretch.
-TEST(PackedMoeFfn, MatchesReferenceWithWideExpertsAndManyRows) {
-  ThreadPool pool(3);
-  Workspace workspace;
-  for (const WeightType type : kTypes)
-    for (const bool gated : {true, false}) {
-      std::mt19937 rng(11);
-      const ExpertBank wide = random_bank(rng, 40, 2 * 2070, 2, gated, true, Activation::kSilu);
-      for (const std::int64_t T : {1, 5, 40}) {
-        SCOPED_TRACE(fmt::format("{} gated={} T={}", weight_type_name(type), gated, T));
-        const Routing routing = random_routing(rng, T, 2, T == 5 ? 2 : 1);
-        expect_moe_ffn_is_right(rng, wide, routing, type, workspace, pool.parallel_for());
-      }
-      SCOPED_TRACE(fmt::format("{} gated={} 100 rows", weight_type_name(type), gated));
-      const ExpertBank narrow = random_bank(rng, 70, 32 * 40, 32, gated, true, Activation::kSilu);
-      const Routing one{100, 1, std::vector<std::int32_t>(100, 3), std::vector<float>(100, 0.5f)};
-      expect_moe_ffn_is_right(rng, narrow, one, type, workspace, pool.parallel_for());
-    }
-}
-
-TEST(PackedMoeFfn, AllExpertsEqualTheDenseFfn) {
-  ThreadPool pool(2);
-  Workspace workspace;
-  std::mt19937 rng(7);
-  const std::int64_t T = 33, D = 50, H = 96;
-  const DenseFfn dense = random_dense(rng, D, H, true, true, Activation::kSilu);
-  const PackedExperts one(dense.view(), WeightType::kF32);
-  const OwnedMatrix x = random_matrix(rng, T, D);
-  OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
-  dense_ffn_reference(dense.view(), x.view(), expected.view(), magnitude.view());
-  dense_ffn(one, x.view(), actual.view(), workspace, pool.parallel_for());
-  expect_near(actual, expected, magnitude, ffn_bound(D, H));
-}
-
-TEST(PackedMoeFfn, RefusesATokenWithOneExpertTwice) {
-  Workspace workspace;
-  std::mt19937 rng(1);
-  const PackedExperts packed(random_bank(rng, 8, 32, 4, true, false, Activation::kSilu),
-                             WeightType::kF32);
-  const OwnedMatrix x = random_matrix(rng, 3, 8);
-  OwnedMatrix y = x;
-  const Routing routing{3, 2, {0, 1, 2, 3, 1, 1}, std::vector<float>(6, 0.5f)};
-  EXPECT_THROW(moe_ffn(packed, routing, 1.0f, x.view(), y.view(), workspace, {}), InvalidArgument);
-}
-
-// Half of the tokens on one expert, half on another, two without any: every way of cutting the work
-// and every number of threads must see the same rows.
-TEST(PackedMoeFfn, SkewedRoutingAndEmptyExperts) {
-  Workspace workspace;
-  for (const int threads : {1, 2, 5})
-    for (const std::int64_t T : {1, 7, 40, 500}) {
-      ThreadPool pool(threads);
-      std::mt19937 rng(static_cast<unsigned>(T));
-      const ExpertBank bank = random_bank(rng, 40, 160, 4, true, false, Activation::kSilu);
-      const PackedExperts packed(bank, WeightType::kF32);
-      Routing routing{T, 1, std::vector<std::int32_t>(T, 1), std::vector<float>(T, 0.5f)};
-      for (std::int64_t t = 0; t < T / 2; ++t) routing.ids[t] = 2;
-      const OwnedMatrix x = random_matrix(rng, T, 40);
-      OwnedMatrix actual = random_matrix(rng, T, 40), expected = actual, magnitude = actual;
-      moe_ffn_reference(bank, routing, 1.0f, x.view(), expected.view(), magnitude.view());
-      moe_ffn(packed, routing, 1.0f, x.view(), actual.view(), workspace, pool.parallel_for());
-      expect_near(actual, expected, magnitude, ffn_bound(40, 160));
-    }
 }
 
 TEST(PanelKernels, EveryInstructionSetMultipliesTiles) {

@@ -4,8 +4,7 @@
 #include <cmath>
 
 #include "cleave/error.h"
-#include "random_ffn.h"
-#include "support/thread_pool.h"
+#include "ffn_cases.h"
 
 namespace cleave {
 namespace {
@@ -13,16 +12,18 @@ namespace {
 using namespace testing;
 
 TEST(Route, MatchesReferenceOnRandomShapes) {
-  for (unsigned seed = 0; seed < 200; ++seed) {
+  Pools pools;
+  for (unsigned seed = 0; seed < 300; ++seed) {
     std::mt19937 rng(seed);
-    const std::int64_t T = pick(rng, 0, 9), E = pick(rng, 1, 40), K = pick(rng, 1, E);
-    SCOPED_TRACE(fmt::format("seed={} T={} E={} K={}", seed, T, E, K));
+    const std::int64_t T = pick(rng, 0, 70), E = pick(rng, 1, 64), K = pick(rng, 1, E);
+    const int threads = static_cast<int>(pick(rng, 0, 4));
+    SCOPED_TRACE(fmt::format("seed={} T={} E={} K={} threads={}", seed, T, E, K, threads));
     OwnedMatrix logits = random_matrix(rng, T, E);
-    if (seed % 3 == 0)  // many ties
+    if (pick(rng, 0, 2) == 0)  // many ties
       for (float& value : logits.values) value = std::round(value * 2.0f);
     for (const GateMode mode : {GateMode::kSoftmax, GateMode::kHard}) {
       Routing actual, expected;
-      route(logits.view(), K, mode, actual);
+      route(logits.view(), {.experts_per_token = K, .mode = mode}, actual, pools.of(threads));
       route_reference(logits.view(), {.experts_per_token = K, .mode = mode}, expected);
       ASSERT_EQ(actual.ids, expected.ids);
       ASSERT_EQ(actual.num_tokens, T);
@@ -72,21 +73,23 @@ TEST(Route, ALargeLogitDoesNotOverflow) {
 
 // Thresholds below, at and between the ratios that occur, among them those of ties.
 TEST(Route, ThresholdMatchesReferenceOnRandomShapes) {
+  Pools pools;
   for (unsigned seed = 0; seed < 300; ++seed) {
     std::mt19937 rng(seed);
-    const std::int64_t T = pick(rng, 0, 9), E = pick(rng, 1, 40), K = pick(rng, 1, E);
+    const std::int64_t T = pick(rng, 0, 70), E = pick(rng, 1, 64), K = pick(rng, 1, E);
+    const int threads = static_cast<int>(pick(rng, 0, 4));
     OwnedMatrix logits = random_matrix(rng, T, E);
-    for (float& value : logits.values)
-      value = seed % 3 == 0 ? std::round(value * 2.0f) : value * 4.0f;
+    const bool ties = pick(rng, 0, 2) == 0;
+    for (float& value : logits.values) value = ties ? std::round(value * 2.0f) : value * 4.0f;
     constexpr float kThresholds[] = {0.0f, 1e-3f, 0.1f, 0.36787944f, 0.5f, 0.9f, 1.0f};
-    RouteSpec spec{.experts_per_token = K, .threshold = kThresholds[seed % 7]};
+    RouteSpec spec{.experts_per_token = K, .threshold = kThresholds[pick(rng, 0, 6)]};
     SCOPED_TRACE(fmt::format("seed={} T={} E={} K={} threshold={}", seed, T, E, K, spec.threshold));
     for (const GateMode mode : {GateMode::kSoftmax, GateMode::kHard})
       for (const bool normalise : {true, false}) {
         spec.mode = mode;
         spec.normalise = normalise;
         Routing actual, expected;
-        route(logits.view(), spec, actual);
+        route(logits.view(), spec, actual, pools.of(threads));
         route_reference(logits.view(), spec, expected);
         ASSERT_EQ(actual.ids, expected.ids);
         for (std::size_t i = 0; i < expected.weights.size(); ++i)
@@ -165,12 +168,12 @@ TEST(Route, RefusesWhatItCannotHonour) {
 }
 
 TEST(GroupTokens, MatchesReferenceOnRandomRoutings) {
-  for (unsigned seed = 0; seed < 100; ++seed) {
+  for (unsigned seed = 0; seed < 200; ++seed) {
     std::mt19937 rng(seed);
-    const std::int64_t T = pick(rng, 0, 30), E = pick(rng, 1, 12), K = pick(rng, 1, E);
+    const std::int64_t T = pick(rng, 0, 70), E = pick(rng, 1, 64), K = pick(rng, 1, E);
     SCOPED_TRACE(fmt::format("seed={} T={} E={} K={}", seed, T, E, K));
     Routing routing = random_routing(rng, T, E, K);
-    if (seed % 2 == 0) drop_slots(rng, routing);
+    if (pick(rng, 0, 1) == 0) drop_slots(rng, routing);
     const TokenGroups actual = group_tokens(routing, E),
                       expected = group_tokens_reference(routing, E);
     ASSERT_EQ(actual.begin, expected.begin);

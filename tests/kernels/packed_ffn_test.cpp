@@ -1,0 +1,181 @@
+#include <fmt/format.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "cleave/error.h"
+#include "cleave/factorize.h"
+#include "cleave/packed.h"
+#include "ffn_cases.h"
+
+namespace cleave {
+namespace {
+
+using namespace testing;
+
+TEST(PackedExperts, FloatsUnpackToTheSameBits) {
+  for (const bool gated : {true, false}) {
+    std::mt19937 rng(3);
+    ExpertBank bank = random_bank(rng, 37, 90, 5, gated, true, Activation::kSilu);
+    const ExpertBank back = PackedExperts(bank, WeightType::kF32).unpack();
+    EXPECT_EQ(back.begin, bank.begin);
+    EXPECT_EQ(back.gate, bank.gate);
+    EXPECT_EQ(back.up, bank.up);
+    EXPECT_EQ(back.down_t, bank.down_t);
+    EXPECT_EQ(back.gate_bias, bank.gate_bias);
+    EXPECT_EQ(back.up_bias, bank.up_bias);
+  }
+}
+
+/// moe_ffn() against its reference, twice.
+void expect_moe_ffn_is_right(std::mt19937& rng, const ExpertBank& bank, const Routing& routing,
+                             WeightType type, Workspace& workspace, const ParallelFor& parallel) {
+  const std::int64_t T = routing.num_tokens, D = bank.d_model;
+  const PackedExperts packed(bank, type, parallel);
+  const OwnedMatrix x =
+      type == WeightType::kBF16 ? random_bf16_matrix(rng, T, D) : random_matrix(rng, T, D);
+  OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
+  moe_ffn_reference(packed.unpack(), routing, 1.5f, x.view(), expected.view(), magnitude.view());
+  OwnedMatrix again = actual;
+  moe_ffn(packed, routing, 1.5f, x.view(), actual.view(), workspace, parallel);
+  expect_near(actual, expected, magnitude,
+              ffn_bound(D, most_neurons(bank, routing.experts_per_token)) + hidden_bound(type));
+  moe_ffn(packed, routing, 1.5f, x.view(), again.view(), workspace, parallel);
+  ASSERT_EQ(actual.values, again.values) << "not deterministic";
+}
+
+TEST(PackedMoeFfn, MatchesReferenceOnRandomShapes) {
+  Pools pools;
+  Workspace workspace;
+  unsigned seed = 0;
+  for (const WeightType type : kWeightTypes)
+    for (const FfnKind& kind : all_ffn_kinds())
+      for (int round = 0; round < 4; ++round) {
+        std::mt19937 rng(++seed);
+        const FfnShape shape = draw_shape(rng);
+        SCOPED_TRACE(
+            fmt::format("seed={} {} {}", seed, weight_type_name(type), describe(kind, shape)));
+        const ExpertBank bank = random_bank(rng, kind, shape);
+        const Routing routing = random_routing(rng, shape);
+        expect_moe_ffn_is_right(rng, bank, routing, type, workspace, pools.of(shape.threads));
+        if (::testing::Test::HasFatalFailure()) return;
+      }
+}
+
+TEST(PackedDenseFfn, MatchesReferenceOnRandomShapes) {
+  Pools pools;
+  Workspace workspace;
+  unsigned seed = 0;
+  for (const WeightType type : kWeightTypes)
+    for (const FfnKind& kind : all_ffn_kinds()) {
+      std::mt19937 rng(++seed);
+      FfnShape s = draw_shape(rng);
+      s.E = s.K = 1;
+      SCOPED_TRACE(fmt::format("seed={} {} {}", seed, weight_type_name(type), describe(kind, s)));
+      const DenseFfn ffn = random_dense(rng, s.D, s.I, kind.gated, kind.biases, kind.activation);
+      const PackedExperts packed(ffn.view(), type);
+      const DenseFfn seen = to_dense(packed.unpack());
+      const OwnedMatrix x = type == WeightType::kBF16 ? random_bf16_matrix(rng, s.T, s.D)
+                                                      : random_matrix(rng, s.T, s.D);
+      OwnedMatrix actual = random_matrix(rng, s.T, s.D), expected = actual, magnitude = actual;
+      dense_ffn_reference(seen.view(), x.view(), expected.view(), magnitude.view());
+      dense_ffn(packed, x.view(), actual.view(), workspace, pools.of(s.threads));
+      expect_near(actual, expected, magnitude, ffn_bound(s.D, s.I) + hidden_bound(type));
+      if (::testing::Test::HasFatalFailure()) return;
+    }
+}
+
+// A pass of a prompt takes 512 tokens through narrow experts, 1024 through others.
+TEST(PackedMoeFfn, MatchesReferenceInTheSecondPassOfNarrowExperts) {
+  Pools pools;
+  Workspace workspace;
+  unsigned seed = 0;
+  for (const WeightType type : {WeightType::kBF16, WeightType::kF32})
+    for (const std::int64_t width : {16, 32})
+      for (const std::int64_t T : {700, 1100})
+        for (const bool gated : {true, false}) {
+          std::mt19937 rng(++seed);
+          const std::int64_t E = pick(rng, 3, 24), K = pick(rng, 1, E), D = pick(rng, 1, 130);
+          const int threads = static_cast<int>(pick(rng, 0, 4));
+          SCOPED_TRACE(fmt::format("seed={} {} width={} T={} D={} E={} K={} gated={} threads={}",
+                                   seed, weight_type_name(type), width, T, D, E, K, gated,
+                                   threads));
+          ExpertBank bank = random_bank(rng, D, E * width, E, gated, true, Activation::kSilu);
+          for (std::int64_t e = 0; e <= E; ++e) bank.begin[e] = e * width;
+          Routing routing = random_routing(rng, T, E, K);
+          if (pick(rng, 0, 1) == 0) drop_slots(rng, routing);
+          expect_moe_ffn_is_right(rng, bank, routing, type, workspace, pools.of(threads));
+          if (::testing::Test::HasFatalFailure()) return;
+        }
+}
+
+// Of hidden values only so many are kept at once: 1024 or 2048 in decode, blocks of weights have
+// 512 or 1024 steps, and an expert may have more rows than a stretch.
+TEST(PackedMoeFfn, MatchesReferenceWithWideExpertsAndManyRows) {
+  ThreadPool pool(3);
+  Workspace workspace;
+  for (const WeightType type : kWeightTypes)
+    for (const bool gated : {true, false}) {
+      std::mt19937 rng(11);
+      const ExpertBank wide = random_bank(rng, 40, 2 * 2070, 2, gated, true, Activation::kSilu);
+      for (const std::int64_t T : {1, 5, 40}) {
+        SCOPED_TRACE(fmt::format("{} gated={} T={}", weight_type_name(type), gated, T));
+        const Routing routing = random_routing(rng, T, 2, T == 5 ? 2 : 1);
+        expect_moe_ffn_is_right(rng, wide, routing, type, workspace, pool.parallel_for());
+      }
+      SCOPED_TRACE(fmt::format("{} gated={} 100 rows", weight_type_name(type), gated));
+      const ExpertBank narrow = random_bank(rng, 70, 32 * 40, 32, gated, true, Activation::kSilu);
+      const Routing one{100, 1, std::vector<std::int32_t>(100, 3), std::vector<float>(100, 0.5f)};
+      expect_moe_ffn_is_right(rng, narrow, one, type, workspace, pool.parallel_for());
+    }
+}
+
+TEST(PackedMoeFfn, AllExpertsEqualTheDenseFfn) {
+  ThreadPool pool(2);
+  Workspace workspace;
+  std::mt19937 rng(7);
+  const std::int64_t T = 33, D = 50, H = 96;
+  const DenseFfn dense = random_dense(rng, D, H, true, true, Activation::kSilu);
+  const PackedExperts one(dense.view(), WeightType::kF32);
+  const OwnedMatrix x = random_matrix(rng, T, D);
+  OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
+  dense_ffn_reference(dense.view(), x.view(), expected.view(), magnitude.view());
+  dense_ffn(one, x.view(), actual.view(), workspace, pool.parallel_for());
+  expect_near(actual, expected, magnitude, ffn_bound(D, H));
+}
+
+TEST(PackedMoeFfn, RefusesATokenWithOneExpertTwice) {
+  Workspace workspace;
+  std::mt19937 rng(1);
+  const PackedExperts packed(random_bank(rng, 8, 32, 4, true, false, Activation::kSilu),
+                             WeightType::kF32);
+  const OwnedMatrix x = random_matrix(rng, 3, 8);
+  OwnedMatrix y = x;
+  const Routing routing{3, 2, {0, 1, 2, 3, 1, 1}, std::vector<float>(6, 0.5f)};
+  EXPECT_THROW(moe_ffn(packed, routing, 1.0f, x.view(), y.view(), workspace, {}), InvalidArgument);
+}
+
+// Half of the tokens on one expert, half on another, two without any: every way of cutting the work
+// and every number of threads must see the same rows.
+TEST(PackedMoeFfn, SkewedRoutingAndEmptyExperts) {
+  Workspace workspace;
+  for (const int threads : {1, 2, 5})
+    for (const std::int64_t T : {1, 7, 40, 500}) {
+      ThreadPool pool(threads);
+      std::mt19937 rng(static_cast<unsigned>(T));
+      const ExpertBank bank = random_bank(rng, 40, 160, 4, true, false, Activation::kSilu);
+      const PackedExperts packed(bank, WeightType::kF32);
+      Routing routing{T, 1, std::vector<std::int32_t>(T, 1), std::vector<float>(T, 0.5f)};
+      for (std::int64_t t = 0; t < T / 2; ++t) routing.ids[t] = 2;
+      const OwnedMatrix x = random_matrix(rng, T, 40);
+      OwnedMatrix actual = random_matrix(rng, T, 40), expected = actual, magnitude = actual;
+      moe_ffn_reference(bank, routing, 1.0f, x.view(), expected.view(), magnitude.view());
+      moe_ffn(packed, routing, 1.0f, x.view(), actual.view(), workspace, pool.parallel_for());
+      expect_near(actual, expected, magnitude, ffn_bound(40, 160));
+    }
+}
+
+}  // namespace
+}  // namespace cleave
