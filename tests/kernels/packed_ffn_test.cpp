@@ -29,6 +29,103 @@ TEST(PackedExperts, FloatsUnpackToTheSameBits) {
   }
 }
 
+/// What `type` may lose of one of these weights, which share a scale: a bound on |packed - exact|,
+/// from its definition. `largest` is the largest |w| that shares int4's units.
+double type_loss(WeightType type, std::span<const float> sharing, float exact, float largest) {
+  const auto [low, high] = std::minmax_element(sharing.begin(), sharing.end());
+  const double range = std::max(0.0f, *high) - std::min(0.0f, *low);
+  switch (type) {
+    case WeightType::kF32:
+      return 0.0;
+    case WeightType::kBF16:
+      return std::abs(exact) * 0x1p-8;
+    case WeightType::kF16:
+      return std::abs(exact) * 0x1p-11 + 0x1p-24;
+    case WeightType::kInt8:
+      return 0.5001 * std::max(std::abs(*high), std::abs(*low)) / 127;
+    case WeightType::kInt4:
+      // Half a step of the range's 15. The minimum may lie a unit of largest / 255 below it, and
+      // the scale is rounded up to units of 2 * largest / 15 / 255; either may fall short by a
+      // thousandth of its unit.
+      return 0.5001 * (range + 3 * largest / 255) / 15 + 0.001 * 3 * largest / 255;
+  }
+  return 0.0;
+}
+
+/// A row of gate or of up: [D], a scale in int8, and one for each 32 in int4.
+void expect_row_loses_little(WeightType type, std::span<const float> exact,
+                             std::span<const float> seen, float largest) {
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    const std::size_t block = i / 32 * 32;
+    const auto sharing = type == WeightType::kInt4
+                             ? exact.subspan(block, std::min<std::size_t>(32, exact.size() - block))
+                             : exact;
+    ASSERT_NEAR(seen[i], exact[i], type_loss(type, sharing, exact[i], largest)) << "input " << i;
+  }
+}
+
+/// down of one expert, rows [begin, end) of both banks: in int8 a scale for each neuron, in int4
+/// one for each output and panel of neurons.
+void expect_down_loses_little(WeightType type, const ExpertBank& exact, const ExpertBank& seen,
+                              std::int64_t begin, std::int64_t end, float largest) {
+  const std::int64_t D = exact.d_model, panel = exact.gate.empty() ? 32 : 16;
+  for (std::int64_t r = begin; r < end; ++r) {
+    const std::span<const float> row(exact.down_t.data() + r * D, D);
+    const std::int64_t first = begin + (r - begin) / panel * panel;
+    for (std::int64_t c = 0; c < D; ++c) {
+      std::vector<float> column;
+      for (std::int64_t j = first; j < std::min(first + panel, end); ++j)
+        column.push_back(exact.down_t[j * D + c]);
+      const auto sharing = type == WeightType::kInt4 ? std::span<const float>(column) : row;
+      ASSERT_NEAR(seen.down_t[r * D + c], row[c], type_loss(type, sharing, row[c], largest))
+          << "neuron " << r << " output " << c;
+    }
+  }
+}
+
+TEST(PackedExperts, LoseNoMoreThanTheirTypeSays) {
+  std::mt19937 rng(4);
+  for (const WeightType type : kWeightTypes)
+    for (const bool gated : {true, false}) {
+      const std::int64_t D = 101;
+      const ExpertBank bank = random_bank(rng, D, 210, 4, gated, true, Activation::kSilu);
+      const ExpertBank seen = PackedExperts(bank, type).unpack();
+      const auto row = [&](const std::vector<float>& matrix, std::int64_t r) {
+        return std::span<const float>(matrix.data() + r * D, D);
+      };
+      for (std::int64_t e = 0; e < 4; ++e) {
+        SCOPED_TRACE(fmt::format("{} gated={} expert {}", weight_type_name(type), gated, e));
+        for (std::int64_t r = bank.begin[e]; r < bank.begin[e + 1]; ++r) {
+          SCOPED_TRACE(fmt::format("neuron {}", r));
+          expect_row_loses_little(type, row(bank.up, r), row(seen.up, r), 1.0f);
+          if (gated) expect_row_loses_little(type, row(bank.gate, r), row(seen.gate, r), 1.0f);
+        }
+        expect_down_loses_little(type, bank, seen, bank.begin[e], bank.begin[e + 1], 1.0f);
+      }
+      EXPECT_EQ(seen.up_bias, bank.up_bias);
+      EXPECT_EQ(seen.gate_bias, bank.gate_bias);
+    }
+}
+
+// The numbers of the documents: without the units of a panel, which wide layers do not feel.
+TEST(PackedExperts, TakeTheBitsThatTheDocumentsName) {
+  std::mt19937 rng(5);
+  const std::int64_t D = 480, H = 128;
+  for (const bool gated : {true, false}) {
+    const ExpertBank bank = random_bank(rng, D, H, 1, gated, false, Activation::kSilu);
+    const double weights = static_cast<double>(D * H), matrices = gated ? 3 : 2;
+    const auto bits = [&](WeightType type) {
+      const PackedExperts packed(bank, type);
+      return static_cast<double>(packed.bytes()) * 8 / (matrices * weights);
+    };
+    EXPECT_EQ(bits(WeightType::kF32), 32.0);
+    EXPECT_EQ(bits(WeightType::kBF16), 16.0);
+    EXPECT_EQ(bits(WeightType::kF16), 16.0);
+    EXPECT_NEAR(bits(WeightType::kInt8), 8.0, 0.1);
+    EXPECT_NEAR(bits(WeightType::kInt4), gated ? (2 * 4.5 + 5.0) / 3 : 4.5, 0.05);
+  }
+}
+
 /// moe_ffn() against its reference, twice.
 void expect_moe_ffn_is_right(std::mt19937& rng, const ExpertBank& bank, const Routing& routing,
                              WeightType type, Workspace& workspace, const ParallelFor& parallel) {
