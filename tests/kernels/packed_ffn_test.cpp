@@ -229,18 +229,69 @@ TEST(PackedMoeFfn, MatchesReferenceWithWideExpertsAndManyRows) {
     }
 }
 
+/// A dense FFN cut into experts at random, all of them on.
+struct AllOn {
+  AllOn(std::mt19937& rng, std::int64_t D, std::int64_t H, std::int64_t E, bool gated)
+      : dense(random_dense(rng, D, H, gated, true, Activation::kSilu)) {
+    NeuronPartition partition{static_cast<std::int32_t>(E), {}};
+    for (std::int64_t j = 0; j < H; ++j)  // the first E so that none is empty
+      partition.expert_of_neuron.push_back(
+          static_cast<std::int32_t>(j < E ? j : pick(rng, 0, E - 1)));
+    std::shuffle(partition.expert_of_neuron.begin(), partition.expert_of_neuron.end(), rng);
+    bank = factorize(dense.view(), partition);
+  }
+  /// Each token's experts in an order of its own.
+  Routing routing(std::mt19937& rng, std::int64_t T) const {
+    const std::int64_t E = bank.num_experts();
+    Routing all{T, E, {}, std::vector<float>(T * E, 1.0f)};
+    std::vector<std::int32_t> ids(E);
+    std::iota(ids.begin(), ids.end(), 0);
+    for (std::int64_t t = 0; t < T; ++t) {
+      std::shuffle(ids.begin(), ids.end(), rng);
+      all.ids.insert(all.ids.end(), ids.begin(), ids.end());
+    }
+    return all;
+  }
+  DenseFfn dense;
+  ExpertBank bank;
+};
+
+// Factorizing changes no weight, so nothing but rounding may differ. int8 and int4 round weights by
+// their neighbours, which are others in the dense FFN: there it is the one of the weights as the
+// experts have them.
 TEST(PackedMoeFfn, AllExpertsEqualTheDenseFfn) {
-  ThreadPool pool(2);
+  Pools pools;
   Workspace workspace;
   std::mt19937 rng(7);
-  const std::int64_t T = 33, D = 50, H = 96;
-  const DenseFfn dense = random_dense(rng, D, H, true, true, Activation::kSilu);
-  const PackedExperts one(dense.view(), WeightType::kF32);
-  const OwnedMatrix x = random_matrix(rng, T, D);
-  OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
-  dense_ffn_reference(dense.view(), x.view(), expected.view(), magnitude.view());
-  dense_ffn(one, x.view(), actual.view(), workspace, pool.parallel_for());
-  expect_near(actual, expected, magnitude, ffn_bound(D, H));
+  const std::int64_t D = 50, H = 96, E = 6;
+  for (const WeightType type : kWeightTypes)
+    for (const bool gated : {true, false})
+      for (const std::int64_t T : {1, 5, 33, 600}) {  // decoded up to 11 tokens
+        const int threads = static_cast<int>(pick(rng, 0, 4));
+        SCOPED_TRACE(
+            fmt::format("{} gated={} T={} threads={}", weight_type_name(type), gated, T, threads));
+        const AllOn on(rng, D, H, E, gated);
+        const PackedExperts experts(on.bank, type);
+        const bool by_neighbours = type == WeightType::kInt8 || type == WeightType::kInt4;
+        ExpertBank seen = experts.unpack();
+        seen.neuron_order = on.bank.neuron_order;
+        const DenseFfn whole = by_neighbours ? to_dense(seen) : on.dense;
+        const PackedExperts one(whole.view(), by_neighbours ? WeightType::kF32 : type);
+
+        const OwnedMatrix x =
+            type == WeightType::kBF16 ? random_bf16_matrix(rng, T, D) : random_matrix(rng, T, D);
+        OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
+        dense_ffn_reference(to_dense(one.unpack()).view(), x.view(), OwnedMatrix(actual).view(),
+                            magnitude.view());
+        dense_ffn(one, x.view(), expected.view(), workspace, pools.of(threads));
+        for (std::int64_t t = 0; t < T; ++t)  // which belongs to no expert
+          for (std::int64_t c = 0; c < D; ++c) actual.view()(t, c) += whole.down_bias[c];
+        moe_ffn(experts, on.routing(rng, T), 1.0f, x.view(), actual.view(), workspace,
+                pools.of(threads));
+        // Each of the two may be off by so much.
+        expect_near(actual, expected, magnitude, 2 * (ffn_bound(D, H) + hidden_bound(type)));
+        if (::testing::Test::HasFatalFailure()) return;
+      }
 }
 
 TEST(PackedMoeFfn, RefusesATokenWithOneExpertTwice) {
