@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "cleave/error.h"
 #include "cleave/factorize.h"
