@@ -169,9 +169,8 @@ void linear(const PackedLinear& weight, MatrixView<const float> x, std::span<con
             MatrixView<float> y, bool add, Workspace& workspace, const ParallelFor& parallel);
 
 /// As moe_ffn() on what `experts.unpack()` returns. Deterministic for a fixed number of threads.
-/// @throws InvalidArgument  shapes disagree, an id is outside [0, E) (Routing::kUnused is skipped)
-/// or
-///                          twice in one token
+/// @throws InvalidArgument  shapes disagree, T * K is not below 2^31, an id is outside [0, E)
+///                          (Routing::kUnused is skipped) or twice in one token
 void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
              MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
              const ParallelFor& parallel);

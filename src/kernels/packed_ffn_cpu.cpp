@@ -1,6 +1,7 @@
 // moe_ffn and dense_ffn on packed weights: checks, and the choice between the two ways to run them.
 
 #include <algorithm>
+#include <limits>
 
 #include "cleave/packed.h"
 #include "fail.h"
@@ -33,6 +34,13 @@ void check_packed_shapes(const char* function, const PackedExperts& experts,
                   x.rows, x.cols, y.rows, y.cols, experts.d_model());
 }
 
+/// (token, slot) pairs are counted in 32 bits.
+void check_pairs(const char* function, std::int64_t T, std::int64_t K) {
+  if (K > 0 && T > std::numeric_limits<std::int32_t>::max() / K)
+    fail_argument("{}: {} tokens x {} experts; expected below 2^31 in one call; make several",
+                  function, T, K);
+}
+
 /// Room that dense_ffn() needs before that of moe_ffn(): ids and weights [T].
 std::size_t dense_routing_bytes(std::int64_t T) {
   Carver sizes(nullptr);
@@ -58,6 +66,7 @@ void moe_ffn(const PackedExperts& experts, const RoutingView& routing, float sca
   check_packed_shapes("moe_ffn", experts, x, y);
   if (routing.num_tokens != x.rows)
     fail_argument("moe_ffn: the routing is of {} tokens, x has {}", routing.num_tokens, x.rows);
+  check_pairs("moe_ffn", routing.num_tokens, routing.experts_per_token);
   check_routing("moe_ffn", routing, experts.num_experts());
   run({experts, routing.ids, routing.weights, routing.experts_per_token, scale, x, y}, workspace,
       parallel);
@@ -80,6 +89,7 @@ void dense_ffn(const PackedExperts& ffn, MatrixView<const float> x, MatrixView<f
   if (ffn.num_experts() != 1)
     fail_argument("dense_ffn: {} experts; a dense FFN is one", ffn.num_experts());
   check_packed_shapes("dense_ffn", ffn, x, y);
+  check_pairs("dense_ffn", x.rows, 1);
   const std::int64_t T = x.rows;
   if (T == 0) return;
   const std::size_t bytes = dense_ffn_workspace_size(ffn, T, parallel.threads);

@@ -304,6 +304,37 @@ TEST(PackedMoeFfn, RefusesATokenWithOneExpertTwice) {
   EXPECT_THROW(moe_ffn(packed, routing, 1.0f, x.view(), y.view(), workspace, {}), InvalidArgument);
 }
 
+// Pairs are counted in 32 bits. Nothing is read before that is checked: there is memory for one
+// row.
+TEST(PackedMoeFfn, RefusesMorePairsThanItCanCount) {
+  Workspace workspace;
+  std::mt19937 rng(1);
+  const DenseFfn dense = random_dense(rng, 8, 32, true, false, Activation::kSilu);
+  const PackedExperts experts(random_bank(rng, 8, 32, 4, true, false, Activation::kSilu),
+                              WeightType::kF32);
+  const PackedExperts one(dense.view(), WeightType::kF32);
+  OwnedMatrix x = random_matrix(rng, 1, 8), y = x;
+  const std::int32_t ids[] = {0, 1};
+  const float weights[] = {1.0f, 1.0f};
+  const auto expect_refusal = [](const auto& call) {
+    try {
+      call();
+      FAIL() << "2^31 pairs went through";
+    } catch (const InvalidArgument& error) {
+      EXPECT_NE(std::string(error.what()).find("below 2^31"), std::string::npos) << error.what();
+    }
+  };
+  for (const std::int64_t T : {std::int64_t{1} << 30, std::int64_t{1} << 31, std::int64_t{1} << 62})
+    expect_refusal([&] {
+      moe_ffn(experts, RoutingView{T, 2, ids, weights}, 1.0f, {x.values.data(), T, 8},
+              {y.values.data(), T, 8}, workspace, {});
+    });
+  const std::int64_t T = std::int64_t{1} << 31;
+  expect_refusal([&] {
+    dense_ffn(one, {x.values.data(), T, 8}, {y.values.data(), T, 8}, workspace, {});
+  });
+}
+
 // Half of the tokens on one expert, half on another, two without any: every way of cutting the work
 // and every number of threads must see the same rows.
 TEST(PackedMoeFfn, SkewedRoutingAndEmptyExperts) {
