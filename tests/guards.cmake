@@ -3,7 +3,7 @@
 set(guards ${CMAKE_CURRENT_SOURCE_DIR}/guards)
 function(cleave_add_guard name script)
   add_test(NAME ${name} COMMAND sh ${guards}/${script} ${ARGN} COMMAND_EXPAND_LISTS)
-  set_tests_properties(${name} PROPERTIES LABELS quick TIMEOUT 300)
+  set_tests_properties(${name} PROPERTIES LABELS "quick;guards" TIMEOUT 300)
 endfunction()
 
 cleave_add_guard(guards_can_fail self_test.sh ${CMAKE_CXX_COMPILER} ${guards}
@@ -11,7 +11,8 @@ cleave_add_guard(guards_can_fail self_test.sh ${CMAKE_CXX_COMPILER} ${guards}
 cleave_add_guard(core_has_no_torch_symbol no_torch_symbol.sh $<TARGET_FILE:cleave_core>)
 # Sanitizers bring calls of their own.
 if(NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")
-  cleave_add_guard(core_never_prints_or_exits no_print_or_exit.sh $<TARGET_FILE:cleave_core>)
+  cleave_add_guard(core_never_prints_or_exits no_print_or_exit.sh $<TARGET_FILE:cleave_core>
+                   ${PROJECT_SOURCE_DIR})
   # Without optimisation the compiler emits every inline function, intrinsics included.
   if(CMAKE_BUILD_TYPE MATCHES "^(Release|RelWithDebInfo|MinSizeRel)$")
     foreach(isa scalar avx2 avx512 neon)
@@ -22,11 +23,12 @@ if(NOT CMAKE_CXX_FLAGS MATCHES "-fsanitize")
     endforeach()
   endif()
 endif()
-# The runtime needs no LibTorch: an example that links core alone, and the command line without train.
-if(TARGET factorize_one_ffn)
-  cleave_add_guard(core_only_program_loads_no_torch no_torch_linked.sh
-                   $<TARGET_FILE:factorize_one_ffn>)
-endif()
+# The runtime needs no LibTorch: what links core alone, beside train too, and the command line without train.
+foreach(target factorize_one_ffn serve_without_libtorch cleave_c)
+  if(TARGET ${target})
+    cleave_add_guard(${target}_loads_no_torch no_torch_linked.sh $<TARGET_FILE:${target}>)
+  endif()
+endforeach()
 if(TARGET cleave_cli AND NOT CLEAVE_TRAIN)
   cleave_add_guard(core_only_cli_loads_no_torch no_torch_linked.sh $<TARGET_FILE:cleave_cli>)
 endif()
@@ -50,22 +52,22 @@ cleave_add_guard(c_headers_are_c99 c_headers.sh ${CMAKE_C_COMPILER} ${CMAKE_CXX_
 
 # ---- The installed package and the source tree serve projects outside. ----
 function(cleave_add_consumer name)
-  cmake_parse_arguments(arg "" "LABEL" "" ${ARGN})
+  cmake_parse_arguments(arg "" "" "LABELS" ${ARGN})
   add_test(NAME install_consumer_${name}
     COMMAND ${CMAKE_COMMAND} -D CONSUMER=${name} -D CLEAVE_SOURCE_DIR=${PROJECT_SOURCE_DIR}
       -D CLEAVE_BINARY_DIR=${PROJECT_BINARY_DIR} -D WORK_DIR=${CMAKE_CURRENT_BINARY_DIR}/install/${name}
       -D "GENERATOR=${CMAKE_GENERATOR}" -D CXX_COMPILER=${CMAKE_CXX_COMPILER}
       -D C_COMPILER=${CMAKE_C_COMPILER} -D "CXX_FLAGS=${CMAKE_CXX_FLAGS}" -D LAUNCHER=${CMAKE_CXX_COMPILER_LAUNCHER}
       -D "TORCH_DIR=${Torch_DIR}" -P ${CMAKE_CURRENT_SOURCE_DIR}/install/run_consumer.cmake)
-  set_tests_properties(install_consumer_${name} PROPERTIES LABELS ${arg_LABEL} TIMEOUT 900)
+  set_tests_properties(install_consumer_${name} PROPERTIES LABELS "${arg_LABELS}" TIMEOUT 900)
 endfunction()
-cleave_add_consumer(core LABEL quick)
+cleave_add_consumer(core LABELS quick guards)
 if(CLEAVE_SHARED)
-  cleave_add_consumer(c LABEL quick)
+  cleave_add_consumer(c LABELS quick guards)
 endif()
-cleave_add_consumer(subdirectory LABEL slow)
+cleave_add_consumer(subdirectory LABELS slow)
 if(CLEAVE_TRAIN)
-  cleave_add_consumer(train LABEL slow)
+  cleave_add_consumer(train LABELS slow)
 else()
-  cleave_add_consumer(missing_train LABEL quick)
+  cleave_add_consumer(missing_train LABELS quick guards)
 endif()
