@@ -4,8 +4,8 @@
 compiler=$1 guards=$2 work=$3 cc=$4
 rm -rf "$work" && mkdir -p "$work" && cd "$work" || exit 2
 status=0
-object() { # object NAME CODE
-  printf '%s\n' "$2" >"$1.cpp" && $compiler -std=c++20 -O0 -c "$1.cpp" -o "$1.o" || exit 2
+object() { # object NAME CODE [OPTIMISATION]
+  printf '%s\n' "$2" >"$1.cpp" && $compiler -std=c++20 "${3:--O0}" -c "$1.cpp" -o "$1.o" || exit 2
 }
 expect() { # expect 0|1 COMMAND...
   expected=$1
@@ -23,17 +23,29 @@ object prints '#include <iostream>
 void f() { std::cout << 1; }'
 object exits '#include <cstdlib>
 void f() { std::exit(1); }'
+object checked '#undef _FORTIFY_SOURCE
+#define _FORTIFY_SOURCE 2
+#include <cstdio>
+void f(int i) { std::printf("%d", i); }' -O2
+object formatted 'namespace fmt { inline namespace v9 { void vprint(int); } }
+void f() { fmt::vprint(1); }'
+object threads '#include <thread>
+void f() { std::thread([] {}).join(); }'
 object weak 'namespace cleave { inline int f() { return 1; } int g() { return f(); } }'
 expect 0 sh "$guards/no_torch_symbol.sh" clean.o
 expect 1 sh "$guards/no_torch_symbol.sh" torch.o
-expect 0 sh "$guards/no_print_or_exit.sh" torch.o
-expect 1 sh "$guards/no_print_or_exit.sh" prints.o
-expect 1 sh "$guards/no_print_or_exit.sh" exits.o
+mkdir -p throws/src/cli throws/include terminates/src terminates/include
+echo '#include <exception>
+void f() { std::terminate(); }' | tee throws/src/cli/main.cpp >terminates/src/a.cpp
+for name in torch threads; do expect 0 sh "$guards/no_print_or_exit.sh" $name.o throws; done
+for name in prints exits checked formatted; do expect 1 sh "$guards/no_print_or_exit.sh" $name.o throws; done
+expect 1 sh "$guards/no_print_or_exit.sh" torch.o terminates
+expect 2 sh "$guards/no_print_or_exit.sh" torch.o missing
 expect 0 sh "$guards/no_weak_symbol.sh" avx2 clean.o
 expect 1 sh "$guards/no_weak_symbol.sh" avx512 clean.o
 expect 1 sh "$guards/no_weak_symbol.sh" avx2 weak.o
 expect 2 sh "$guards/no_torch_symbol.sh" missing.o
-expect 2 sh "$guards/no_print_or_exit.sh" missing.o
+expect 2 sh "$guards/no_print_or_exit.sh" missing.o throws
 expect 2 sh "$guards/no_weak_symbol.sh" avx2 missing.o
 
 # A library under the name of LibTorch's, and a program that loads it.
@@ -44,6 +56,9 @@ $compiler -shared -fPIC libtorch.cpp -o libtorch.so &&
   echo 'int main() {}' >empty.cpp && $compiler empty.cpp -o loads_not || exit 2
 expect 0 sh "$guards/no_torch_linked.sh" ./loads_not
 expect 1 sh "$guards/no_torch_linked.sh" ./loads
+echo 'int torch(); int more() { return torch(); }' >library.cpp
+$compiler -shared -fPIC library.cpp -o libmore.so -L. -ltorch -Wl,-rpath,"$PWD" || exit 2
+expect 1 sh "$guards/no_torch_linked.sh" ./libmore.so
 expect 2 sh "$guards/no_torch_linked.sh" ./missing
 echo 'char big[100000] = {1};' >big.cpp && $compiler -fPIC -c big.cpp -o big.o && ar rc libbig.a big.o || exit 2
 expect 0 sh "$guards/library_size.sh" "$compiler" libbig.a 200000 size
