@@ -69,7 +69,8 @@ enum {
   CLEAVE_BF16 = 1,
   CLEAVE_F16 = 2,
   CLEAVE_INT8 = 3,  ///< packed only: a scale per row (of w2: per hidden neuron)
-  CLEAVE_INT4 = 4   ///< packed only: 5 bits a weight; scale and minimum per 32 weights
+  CLEAVE_INT4 = 4   ///< packed only: 4.5 bits a weight; scale and minimum per 32 weights (of w2
+                    ///< beside a gate: 5 bits, per 16)
 };
 
 /// act() between the two products.

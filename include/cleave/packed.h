@@ -26,8 +26,8 @@ enum class WeightType {
   kBF16,  ///< 2 bytes, rounded to nearest even
   kF16,   ///< 2 bytes, rounded to nearest even; |w| <= 65504
   kInt8,  ///< 1 byte, and a scale per row (of down: per hidden neuron)
-  kInt4,  ///< 5 bits: nibbles, and a half scale and minimum per 32 weights (of down: 6 bits, per
-          ///< hidden neuron and 32 outputs)
+  kInt4,  ///< 4.5 bits: nibbles, and a byte each for scale and minimum per 32 weights of a row (of
+          ///< down: per output and panel of neurons, 5 bits where 16 are a panel)
 };
 /// "f32", "bf16", "f16", "int8", "int4".
 const char* weight_type_name(WeightType type);
