@@ -3,7 +3,8 @@
 #
 #   scripts/test.sh          the quick tests, on the bundled model (labels quick and guards)
 #   scripts/test.sh --all    all tests: fetches SmolLM2, Transformers and llama.cpp (into .venv-oracle), and a compiler for
-#                            ARM and its emulator (scripts/check_neon.sh)
+#                            ARM and its emulator (scripts/check_neon.sh); then what uses threads again under
+#                            ThreadSanitizer, in build-tsan/
 #
 # CLEAVE_TRAIN=OFF builds and tests the core alone, without LibTorch.
 set -euo pipefail
@@ -33,6 +34,15 @@ prepare_oracles() {
     -r "$cleave_root/tests/oracles/requirements.txt" >&2 || fail "pip could not install Transformers"
 }
 
+# In a build of its own: core alone, the tests that the preset names.
+check_threads() (
+  cleave_preset=tsan cleave_build="$cleave_root/build-tsan"
+  say "ThreadSanitizer: what uses threads, in a build of its own"
+  build cleave_core_tests cleave_c_api_tests c_api
+  cd "$cleave_root" && ctest --preset tsan --no-tests=error ||
+    fail "ThreadSanitizer: the tests above failed or race (again: ctest --preset tsan)"
+)
+
 setup
 selection=(--label-exclude 'large|slow|oracle')
 if [ "$all" = yes ]; then
@@ -49,3 +59,4 @@ jobs="$(nproc)"
 [ "$all" = no ] || jobs=1
 ctest --test-dir "$cleave_build" ${selection[@]+"${selection[@]}"} --parallel "$jobs" \
   --output-on-failure --no-tests=error
+[ "$all" = no ] || check_threads
