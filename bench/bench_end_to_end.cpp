@@ -51,6 +51,11 @@ class EndToEnd {
     entries_.push_back({model, runtime, weights, std::move(way)});
   }
 
+  /// Of a file's own weights; "4-bit" is what the goal compares.
+  static const char* file_label(DType dtype) {
+    return dtype == DType::kQ4_0 || dtype == DType::kQ4_1 ? "4-bit" : dtype_name(dtype);
+  }
+
   void load() {
     const DecoderSpec spec{o_.threads, o_.prompt + o_.generate};
     const Checkpoint dense = Checkpoint::open(o_.dense);
@@ -61,7 +66,7 @@ class EndToEnd {
     add("dense", "llama.cpp", "bf16", llama_bf16_way(dense, spec));
     add("dense", "cleave", "4-bit", cleave_way(dense, WeightType::kInt4, spec));
     if (dense.format() == Checkpoint::Format::kGguf)
-      add("dense", "llama.cpp", "4-bit", llama_file_way(o_.dense, spec));
+      add("dense", "llama.cpp", file_label(dense.config().dtype), llama_file_way(o_.dense, spec));
     if (o_.converted.empty()) return;
     const Checkpoint converted = Checkpoint::open(o_.converted);
     if (!converted.config().is_moe() || converted.config().vocab_size != vocab_)
