@@ -59,7 +59,9 @@ FfnOp::FfnOp(const cleave::ExpertBank& bank, std::int64_t experts_per_token,
     : experts_(bank, type), experts_per_token_(experts_per_token), shared_(shared) {}
 
 ggml_tensor* FfnOp::add(ggml_context* context, ggml_tensor* x, ggml_tensor* logits) {
-  reserve(x->ne[1]);
+  // The threads share the workspace, so it must not grow while they run.
+  shared_.workspace.get(
+      cleave::moe_ffn_workspace_size(experts_, x->ne[1], experts_per_token_, shared_.threads));
   ggml_tensor* operands[] = {x, logits};
   return ggml_custom_4d(context, GGML_TYPE_F32, x->ne[0], x->ne[1], 1, 1, operands,
                         logits != nullptr ? 2 : 1, &FfnOp::compute, GGML_N_TASKS_MAX, this);
@@ -92,20 +94,4 @@ void FfnOp::compute(ggml_tensor* y, int ith, int nth, void* op) try {
   // ggml is C: no exception may pass, and the other threads would wait for ever.
   std::fprintf(stderr, "FfnOp: %s\n", error.what());
   std::abort();
-}
-
-// The threads share a workspace, so it must not grow while they run: all parts of the work once,
-// in this thread, when a graph with a new number of tokens is built.
-void FfnOp::reserve(std::int64_t tokens) {
-  if (!shared_.reserved.insert(tokens).second) return;
-  const std::int64_t D = experts_.d_model(), E = experts_.num_experts(), K = experts_per_token_;
-  std::vector<float> x(tokens * D), y(tokens * D);
-  cleave::Routing routing{tokens, K, {}, std::vector<float>(tokens * K, 1.0f)};
-  for (std::int64_t t = 0; t < tokens; ++t)
-    for (std::int64_t k = 0; k < K; ++k)
-      routing.ids.push_back(static_cast<std::int32_t>((t + k) % E));
-  cleave::ParallelFor one_after_the_other;
-  one_after_the_other.threads = shared_.threads;
-  cleave::moe_ffn(experts_, routing, 1.0f, {x.data(), tokens, D}, {y.data(), tokens, D},
-                  shared_.workspace, one_after_the_other);
 }

@@ -6,7 +6,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <set>
 
 // What an engine on ggml needs to run its FFNs on cleave's kernels: this file and its .cpp.
 
@@ -29,8 +28,7 @@ class FfnOp {
   struct Shared {  ///< of all layers: they run one after the other
     Barrier barrier;
     cleave::Workspace workspace;
-    std::set<std::int64_t> reserved;  ///< token counts that the workspace suffices for
-    int threads = 1;                  ///< as many as ggml computes with
+    int threads = 1;  ///< as many as ggml computes with
   };
 
   /// A dense FFN is one expert of which one is active. `shared` must outlive the op.
@@ -47,7 +45,6 @@ class FfnOp {
 
  private:
   static void compute(ggml_tensor* y, int ith, int nth, void* op);
-  void reserve(std::int64_t tokens);
 
   cleave::PackedExperts experts_;
   std::int64_t experts_per_token_;

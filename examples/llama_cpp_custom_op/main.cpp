@@ -101,7 +101,6 @@ double typical_difference(const std::vector<float>& a, const std::vector<float>&
 /// All layers' FFNs, packed for our kernels.
 std::vector<FfnOp> pack(const std::vector<cleave::ExpertBank>& banks, std::int64_t active,
                         cleave::WeightType type, FfnOp::Shared& shared) {
-  shared.reserved.clear();  // another type may need more room
   std::vector<FfnOp> ops;
   ops.reserve(banks.size());
   for (const cleave::ExpertBank& bank : banks) ops.emplace_back(bank, active, type, shared);
