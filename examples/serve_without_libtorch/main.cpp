@@ -10,36 +10,15 @@
 
 namespace {
 
-/// Prints what has become text. The bytes of a character may be spread over several tokens; until
-/// the last one is there, decode() ends in U+FFFD, and nothing is printed.
-class Printer {
- public:
-  Printer(const cleave::Tokenizer& tokenizer, std::vector<std::int32_t> prompt)
-      : tokenizer_(tokenizer), ids_(std::move(prompt)), printed_(tokenizer_.decode(ids_).size()) {}
-
-  void add(std::int32_t id) {
-    ids_.push_back(id);
-    const std::string text = tokenizer_.decode(ids_);
-    if (text.ends_with("\xEF\xBF\xBD") || text.size() < printed_) return;
-    std::cout << text.substr(printed_) << std::flush;
-    printed_ = text.size();
-  }
-
- private:
-  const cleave::Tokenizer& tokenizer_;
-  std::vector<std::int32_t> ids_;
-  std::size_t printed_;
-};
-
 void serve(cleave::Model& model, const cleave::Tokenizer& tokenizer, const std::string& prompt) {
   const auto ids = tokenizer.encode(prompt, /*add_special_tokens=*/true);
-  Printer printer(tokenizer, ids);
+  cleave::TextStream stream(tokenizer, ids);
   std::cout << prompt << std::flush;
   cleave::generate(model, ids, {.max_tokens = 48}, [&](std::int32_t id) {
-    printer.add(id);
+    std::cout << stream.push(id) << std::flush;
     return true;  // false stops
   });
-  std::cout << "\n";
+  std::cout << stream.flush() << "\n";
 }
 
 }  // namespace

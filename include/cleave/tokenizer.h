@@ -47,4 +47,28 @@ class Tokenizer {
   std::unique_ptr<Impl> impl_;
 };
 
+/// Text piece by piece while ids are generated. A character whose bytes are spread over several
+/// tokens is held back until it is complete. A piece costs the decoding of the last few ids,
+/// however many there were before.
+class TextStream {
+ public:
+  /// @param tokenizer  must outlive this
+  /// @param prompt     what comes before; of its text nothing is returned
+  explicit TextStream(const Tokenizer& tokenizer, std::span<const std::int32_t> prompt = {});
+
+  /// What of the text is new and complete with this id; often all of a token, or nothing.
+  /// @throws InvalidArgument  as Tokenizer::decode()
+  std::string push(std::int32_t id);
+  /// At the end: what was held back, with U+FFFD for an incomplete character.
+  std::string flush();
+
+ private:
+  std::string show(const std::string& text);
+
+  const Tokenizer* tokenizer_;
+  std::vector<std::int32_t> ids_;  // the last that were shown, and those behind them
+  std::size_t shown_ids_ = 0;      // how many of them were
+  std::string shown_;              // their text
+};
+
 }  // namespace cleave

@@ -21,36 +21,6 @@ struct RunOptions {
   GenerateSpec generate;
 };
 
-/// Turns a growing list of ids into text piece by piece. A character whose bytes span several
-/// tokens is held back until it is complete.
-class TextStream {
- public:
-  TextStream(const Tokenizer& tokenizer, std::vector<std::int32_t> prompt)
-      : tokenizer_(tokenizer), ids_(std::move(prompt)), shown_(tokenizer_.decode(ids_).size()) {}
-
-  std::string push(std::int32_t id) {
-    ids_.push_back(id);
-    const std::string text = tokenizer_.decode(ids_);
-    const std::string_view replacement = "\xEF\xBF\xBD";  // U+FFFD: an incomplete character
-    if (text.size() <= shown_ || text.ends_with(replacement)) return {};
-    return take(text);
-  }
-  std::string flush() {
-    const std::string text = tokenizer_.decode(ids_);
-    return text.size() > shown_ ? take(text) : std::string();
-  }
-
- private:
-  std::string take(const std::string& text) {
-    std::string piece = text.substr(shown_);
-    shown_ = text.size();
-    return piece;
-  }
-  const Tokenizer& tokenizer_;
-  std::vector<std::int32_t> ids_;
-  std::size_t shown_;
-};
-
 /// Peak resident memory of this process: what the system had to give it, mapped weights included.
 std::int64_t peak_resident_bytes() {
   rusage usage{};
