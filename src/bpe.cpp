@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <bit>
 #include <limits>
 
 #include "cleave/error.h"
@@ -28,21 +27,22 @@ constexpr std::uint64_t queue_entry(std::int32_t rank, std::int32_t position) {
 }  // namespace
 
 MergeTable::MergeTable(std::size_t expected)
-    : slots_(std::bit_ceil(2 * expected + 2)), mask_(slots_.size() - 1) {}
+    : slots_(static_cast<std::size_t>(static_cast<double>(expected) / kMostFull) + 2) {}
 
 std::uint64_t MergeTable::key_of(std::int32_t left, std::int32_t right) noexcept {
   return std::uint64_t{static_cast<std::uint32_t>(left)} << 32 | static_cast<std::uint32_t>(right);
 }
 
 std::size_t MergeTable::first_slot(std::uint64_t key) const noexcept {
-  // Multiplicative hashing (2^64 / golden ratio); its high bits are the well-mixed ones.
-  return static_cast<std::size_t>((key * 0x9E3779B97F4A7C15u) >> 32) & mask_;
+  // Multiplicative hashing (2^64 / golden ratio); its high bits are the well-mixed ones. As a
+  // fraction of 2^32 they choose a slot of any number of slots.
+  return static_cast<std::size_t>(((key * 0x9E3779B97F4A7C15u) >> 32) * slots_.size() >> 32);
 }
 
 void MergeTable::insert(std::int32_t left, std::int32_t right, Merge merge) {
   put(key_of(left, right), merge);
-  if (2 * size_ < slots_.size()) return;
-  MergeTable larger(size_ + 1);
+  if (static_cast<double>(size_) <= kMostFull * static_cast<double>(slots_.size())) return;
+  MergeTable larger(2 * size_);
   for (const Slot& slot : slots_)
     if (slot.key != kEmpty) larger.put(slot.key, slot.merge);
   *this = std::move(larger);
@@ -50,14 +50,14 @@ void MergeTable::insert(std::int32_t left, std::int32_t right, Merge merge) {
 
 void MergeTable::put(std::uint64_t key, Merge merge) {
   std::size_t slot = first_slot(key);
-  while (slots_[slot].key != kEmpty && slots_[slot].key != key) slot = (slot + 1) & mask_;
+  while (slots_[slot].key != kEmpty && slots_[slot].key != key) slot = next_slot(slot);
   if (slots_[slot].key == kEmpty) ++size_;
   slots_[slot] = {key, merge};
 }
 
 const Merge* MergeTable::find(std::int32_t left, std::int32_t right) const noexcept {
   const std::uint64_t key = key_of(left, right);
-  for (std::size_t slot = first_slot(key); slots_[slot].key != kEmpty; slot = (slot + 1) & mask_)
+  for (std::size_t slot = first_slot(key); slots_[slot].key != kEmpty; slot = next_slot(slot))
     if (slots_[slot].key == key) return &slots_[slot].merge;
   return nullptr;
 }
@@ -73,25 +73,22 @@ Bpe Bpe::from_json(const JsonNode& node) {
 
 void Bpe::read_vocab(const JsonNode& vocab) {
   if (!vocab.value().is_object()) vocab.fail("expected an object of tokens and their ids");
-  ids_.reserve(vocab.value().size());
-  for (const auto& [token, id] : vocab.value().items()) {
+  std::vector<TokenTable::Entry> entries;
+  entries.reserve(vocab.value().size());
+  for (auto token = vocab.value().begin(); token != vocab.value().end(); ++token) {
+    const nlohmann::json& id = token.value();
     if (!id.is_number_integer() || id.get<std::int64_t>() < 0 || id.get<std::int64_t>() > kMaxId)
-      vocab.fail(fmt::format("the id of \"{}\" is {}; expected 0..{}", token, id.dump(), kMaxId));
-    const auto number = static_cast<std::size_t>(id.get<std::int64_t>());
-    if (number >= tokens_.size()) {
-      tokens_.resize(number + 1);
-      has_token_.resize(number + 1);
-    }
-    tokens_[number] = token;
-    has_token_[number] = true;
-    ids_.emplace(token, static_cast<std::int32_t>(number));
+      vocab.fail(
+          fmt::format("the id of \"{}\" is {}; expected 0..{}", token.key(), id.dump(), kMaxId));
+    entries.emplace_back(id.get<std::int32_t>(), token.key());
   }
+  tokens_ = TokenTable(std::move(entries));
 }
 
 void Bpe::read_merges(const JsonNode& merges) {
   if (!merges.value().is_array()) merges.fail("expected an array");
   merges_ = MergeTable(merges.value().size());
-  joints_ = MergeTable(0);  // few of the four pairs a merge gives are new
+  joints_ = MergeTable(0);  // few pairs of code points are new
   std::int32_t rank = 0;
   for (const nlohmann::json& merge : merges.value()) {
     if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
@@ -124,7 +121,7 @@ void Bpe::add_merge(const JsonNode& node, std::string_view left, std::string_vie
   const std::int32_t left_id = id(left), right_id = id(right);
   if (left.empty() || right.empty()) node.fail(fmt::format("merge {} has an empty token", rank));
   merges_.insert(left_id, right_id, {rank, id(std::string(left) + std::string(right))});
-  index_joints(left_id, right_id);
+  index_joint(left, right);
 }
 
 void Bpe::read_options(const JsonNode& node) {
@@ -152,16 +149,6 @@ void Bpe::index_code_points() {
   }
   for (std::size_t byte = 0; byte < byte_ids_.size(); ++byte)
     byte_ids_[byte] = token_to_id(fmt::format("<0x{:02X}>", byte));
-}
-
-std::int32_t Bpe::token_to_id(std::string_view token) const {
-  const auto found = ids_.find(token);
-  return found == ids_.end() ? -1 : found->second;
-}
-
-std::optional<std::string_view> Bpe::id_to_token(std::int32_t id) const {
-  if (id < 0 || id > max_id() || !has_token_[id]) return std::nullopt;
-  return tokens_[id];
 }
 
 void Bpe::encode(std::string_view word, Workspace& workspace,
@@ -215,18 +202,15 @@ std::size_t Bpe::end_of_part(std::string_view word, std::size_t begin) const {
   return word.size();
 }
 
-// A symbol grows from the code points at its ends, or (a byte fallback, unk) is the token itself.
-void Bpe::index_joints(std::int32_t left, std::int32_t right) {
-  const std::string& spelled_left = tokens_[left];
-  const std::string& spelled_right = tokens_[right];
-  std::size_t last = spelled_left.size() - 1;
-  while (last > 0 && (static_cast<unsigned char>(spelled_left[last]) & 0xC0) == 0x80) --last;
-  const std::int32_t ends[] = {left, token_to_id(std::string_view(spelled_left).substr(last))};
-  const std::int32_t begins[] = {
-      right,
-      token_to_id(std::string_view(spelled_right).substr(0, decode_utf8(spelled_right, 0).length))};
-  for (const std::int32_t end : ends)
-    for (const std::int32_t begin : begins) joints_.insert(end, begin, {});
+// What is on the two sides of a joint in a word are code points that are tokens. A symbol grows
+// from the code points at its ends; one that does not (a byte fallback, unk) has no such end, and
+// the word is not cut beside it.
+void Bpe::index_joint(std::string_view left, std::string_view right) {
+  std::size_t last = left.size() - 1;
+  while (last > 0 && (static_cast<unsigned char>(left[last]) & 0xC0) == 0x80) --last;
+  const std::int32_t end = token_to_id(left.substr(last));
+  const std::int32_t begin = token_to_id(right.substr(0, decode_utf8(right, 0).length));
+  if (end >= 0 && begin >= 0) joints_.insert(end, begin, {});
 }
 
 std::int32_t Bpe::id_of_code_point(std::string_view spelled) const {
