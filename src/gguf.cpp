@@ -78,7 +78,8 @@ bool is_quantised(DType dtype) {
 /// A bounds-checked read position in the mapped file.
 class Cursor {
  public:
-  explicit Cursor(const MappedFile& file) : file_(file) {}
+  explicit Cursor(const MappedFile& file, std::size_t position = 0)
+      : file_(file), position_(position) {}
 
   std::size_t position() const { return position_; }
   std::size_t remaining() const { return file_.bytes().size() - position_; }
@@ -93,10 +94,12 @@ class Cursor {
     return value;
   }
 
-  std::string take_string(const std::string& what) {
+  /// Of the mapped file.
+  std::string_view take_string(const std::string& what) {
     const auto length = take<std::uint64_t>(what);
     need(length, what);
-    std::string text(reinterpret_cast<const char*>(file_.bytes().data()) + position_, length);
+    const std::string_view text(reinterpret_cast<const char*>(file_.bytes().data()) + position_,
+                                length);
     position_ += length;
     return text;
   }
@@ -109,7 +112,7 @@ class Cursor {
 
  private:
   const MappedFile& file_;
-  std::size_t position_ = 0;
+  std::size_t position_;
 };
 
 ValueType take_type(Cursor& cursor, const std::string& key) {
@@ -171,8 +174,11 @@ GgufFile::Value take_array(Cursor& cursor, const std::string& key) {
     for (std::uint64_t i = 0; i < count; ++i) values.push_back(take_one());
     return values;
   };
-  if (type == ValueType::kString)
-    return fill(std::vector<std::string>(), [&] { return cursor.take_string(what); });
+  if (type == ValueType::kString) {
+    const GgufFile::StringArray strings{cursor.position(), count};
+    for (std::uint64_t i = 0; i < count; ++i) cursor.take_string(what);
+    return strings;
+  }
   if (type == ValueType::kF32 || type == ValueType::kF64)
     return fill(std::vector<double>(), [&] { return take_float(cursor, type, what); });
   return fill(std::vector<std::int64_t>(), [&] {
@@ -189,7 +195,7 @@ GgufFile::Value take_value(Cursor& cursor, const std::string& key) {
   const std::string what = "the value of key '" + key + "'";
   const ValueType type = take_type(cursor, key);
   if (type == ValueType::kArray) return take_array(cursor, key);
-  if (type == ValueType::kString) return cursor.take_string(what);
+  if (type == ValueType::kString) return std::string(cursor.take_string(what));
   if (type == ValueType::kBool) return cursor.take<std::uint8_t>(what) != 0;
   if (!is_integer(type)) return take_float(cursor, type, what);
   std::uint64_t unsigned_value = 0;
@@ -302,7 +308,7 @@ GgufFile GgufFile::open(const std::filesystem::path& path) {
               num_keys, num_tensors, cursor.remaining());
 
   for (std::uint64_t i = 0; i < num_keys; ++i) {
-    std::string key = cursor.take_string("the name of a key");
+    const std::string key(cursor.take_string("the name of a key"));
     Value value = take_value(cursor, key);
     if (!gguf.metadata_.emplace(key, std::move(value)).second)
       fail_file("{}: key '{}' occurs twice", cursor.name(), key);
@@ -319,6 +325,7 @@ GgufFile GgufFile::open(const std::filesystem::path& path) {
     fail_file("{}: key 'general.alignment' is {}; expected a power of two", cursor.name(),
               alignment);
   place_tensors(gguf.tensors_, cursor, alignment);
+  release_pages(gguf.bytes().first(cursor.position()));  // with a vocabulary, some megabytes
   return gguf;
 }
 
@@ -369,8 +376,15 @@ std::optional<bool> GgufFile::boolean(std::string_view key) const {
   return held == nullptr ? std::nullopt : std::optional(*held);
 }
 
-const std::vector<std::string>* GgufFile::strings(std::string_view key) const {
-  return value_as<std::vector<std::string>>(key, "an array of strings");
+std::optional<std::vector<std::string_view>> GgufFile::strings(std::string_view key) const {
+  const auto* held = value_as<StringArray>(key, "an array of strings");
+  if (held == nullptr) return std::nullopt;
+  Cursor cursor(file_, held->begin);
+  std::vector<std::string_view> strings;
+  strings.reserve(held->count);
+  const std::string what = "a string";  // all were there when the file was opened
+  for (std::uint64_t i = 0; i < held->count; ++i) strings.push_back(cursor.take_string(what));
+  return strings;
 }
 
 const std::vector<std::int64_t>* GgufFile::integers(std::string_view key) const {

@@ -51,14 +51,19 @@ class GgufFile {
   std::optional<std::int64_t> integer(std::string_view key) const;
   std::optional<double> number(std::string_view key) const;  ///< integers too
   std::optional<bool> boolean(std::string_view key) const;
-  const std::vector<std::string>* strings(std::string_view key) const;
+  /// Read from the file each time: a vocabulary's strings are megabytes. Valid while this lives.
+  std::optional<std::vector<std::string_view>> strings(std::string_view key) const;
   const std::vector<std::int64_t>* integers(std::string_view key) const;  ///< booleans too
   const std::vector<double>* floats(std::string_view key) const;
 
+  /// An array of strings: where the first one's length is in the file.
+  struct StringArray {
+    std::size_t begin = 0;
+    std::uint64_t count = 0;
+  };
   /// What a key can hold. An unsigned number above the range of int64 stays unsigned.
-  using Value =
-      std::variant<std::int64_t, std::uint64_t, double, bool, std::string, std::vector<std::string>,
-                   std::vector<std::int64_t>, std::vector<double>>;
+  using Value = std::variant<std::int64_t, std::uint64_t, double, bool, std::string, StringArray,
+                             std::vector<std::int64_t>, std::vector<double>>;
 
  private:
   explicit GgufFile(MappedFile file) : file_(std::move(file)) {}

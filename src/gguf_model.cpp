@@ -130,8 +130,8 @@ void read_vocabulary(const GgufFile& gguf, ModelConfig& config) {
   if (embedding == nullptr || embedding->shape.size() != 2)
     fail_file("{}: tensor 'token_embd.weight' is missing or no matrix", origin_of(gguf));
   config.vocab_size = embedding->shape[0];
-  const auto* tokens = gguf.strings("tokenizer.ggml.tokens");
-  if (tokens != nullptr && static_cast<std::int64_t>(tokens->size()) > config.vocab_size)
+  const auto tokens = gguf.strings("tokenizer.ggml.tokens");
+  if (tokens && static_cast<std::int64_t>(tokens->size()) > config.vocab_size)
     fail_file("{}: the tokenizer has {} tokens, the embedding {} rows", origin_of(gguf),
               tokens->size(), config.vocab_size);
   config.tie_word_embeddings = gguf.find("output.weight") == nullptr;

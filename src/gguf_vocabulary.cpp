@@ -18,14 +18,14 @@ namespace {
 }
 
 std::vector<std::string> read_tokens(const GgufFile& file) {
-  const auto* tokens = file.strings("tokenizer.ggml.tokens");
-  if (tokens == nullptr || tokens->empty())
+  const auto tokens = file.strings("tokenizer.ggml.tokens");
+  if (!tokens || tokens->empty())
     fail(file,
          "the key tokenizer.ggml.tokens is missing; was the file written without vocabulary?");
   for (std::size_t i = 0; i < tokens->size(); ++i)
     if (!is_valid_utf8((*tokens)[i]))
       fail(file, fmt::format("tokenizer.ggml.tokens[{}] is not UTF-8", i));
-  return *tokens;
+  return {tokens->begin(), tokens->end()};
 }
 
 std::vector<std::int64_t> read_types(const GgufFile& file, std::size_t count) {
@@ -38,10 +38,10 @@ std::vector<std::int64_t> read_types(const GgufFile& file, std::size_t count) {
 }
 
 GgufVocabulary::MergeList split_merges(const GgufFile& file,
-                                       const std::vector<std::string>& lines) {
+                                       const std::vector<std::string_view>& lines) {
   GgufVocabulary::MergeList merges;
   merges.reserve(lines.size());
-  for (const std::string& line : lines) {
+  for (const std::string_view line : lines) {
     // From the second byte on: a token may itself be a space.
     const std::size_t space = line.find(' ', 1);
     if (space == std::string::npos || space + 1 == line.size() || !is_valid_utf8(line))
@@ -53,7 +53,7 @@ GgufVocabulary::MergeList split_merges(const GgufFile& file,
 }
 
 GgufVocabulary::MergeList read_merges(const GgufFile& file, const GgufVocabulary& vocabulary) {
-  if (const auto* lines = file.strings("tokenizer.ggml.merges")) return split_merges(file, *lines);
+  if (const auto lines = file.strings("tokenizer.ggml.merges")) return split_merges(file, *lines);
   const auto* scores = file.floats("tokenizer.ggml.scores");
   if (vocabulary.model != "llama" || scores == nullptr)
     fail(file, fmt::format("a tokenizer of the kind \"{}\" needs tokenizer.ggml.{}",
