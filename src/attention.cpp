@@ -66,9 +66,10 @@ class Attention {
     const std::int64_t macs = shape_.num_heads * q_.rows * tokens_ * shape_.head_dim * 2;
     const std::int64_t shares = std::clamp<std::int64_t>(macs / kShareMacs, 1, parts);
     const std::int64_t results = splits_ > 1 ? items : shares;
-    auto* memory = reinterpret_cast<float*>(
-        workspace.get(static_cast<std::size_t>(results * result_size() + shares * scratch_size()) *
-                      sizeof(float)));
+    const std::int64_t floats = results * result_size() + shares * scratch_size();
+    auto* memory =
+        reinterpret_cast<float*>(workspace.get(static_cast<std::size_t>(floats) * sizeof(float) +
+                                               static_cast<std::size_t>(splits_) * sizeof(Result)));
     parallel(shares, 1, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t share = begin; share < end; ++share) {
         float* scratch = memory + results * result_size() + share * scratch_size();
@@ -80,7 +81,8 @@ class Attention {
       }
     });
     if (splits_ == 1) return;
-    std::vector<Result> pieces(static_cast<std::size_t>(splits_));
+    const std::span pieces(reinterpret_cast<Result*>(memory + floats),
+                           static_cast<std::size_t>(splits_));
     for (std::int64_t i = 0; i < items; i += splits_) {
       for (std::int64_t s = 0; s < splits_; ++s) pieces[s] = result_at(memory, i + s);
       write(item(i), pieces);

@@ -189,14 +189,16 @@ void Model::embed(std::span<const std::int32_t> tokens, MatrixView<float> x) con
   if (x.rows != T || x.cols != c.hidden_size)
     fail_argument("Model::embed: x is [{}, {}]; expected [T, D] = [{}, {}]", x.rows, x.cols, T,
                   c.hidden_size);
-  for (std::int64_t t = 0; t < T; ++t) {
+  for (std::int64_t t = 0; t < T; ++t)
     if (tokens[t] < 0 || tokens[t] >= c.vocab_size)
       fail_argument(
           "Model: token {} has id {}; expected 0 to {}; was the text encoded with another "
           "tokenizer?",
           t, tokens[t], c.vocab_size - 1);
-    impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
-  }
+  parallel()(T, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t)
+      impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
+  });
 }
 
 void Model::attend(std::int64_t layer, KvCache& cache, MatrixView<float> x,
@@ -269,7 +271,8 @@ void Model::forward_step(std::span<const std::int32_t> tokens, std::span<KvCache
   const ForwardRoom room(c, B, impl_->forward_memory);
   embed(tokens, room.x);
   if (B == 0) return;
-  std::vector<Impl::Sequence> sequences;
+  std::vector<Impl::Sequence>& sequences = impl_->sequences;
+  sequences.clear();
   for (std::int64_t b = 0; b < B; ++b) {
     sequences.push_back({1, caches[b]->size_, kv_layout(c, caches[b]->capacity_), nullptr});
     impl_->rope.angles(caches[b]->size_, room.cosine.row(b), room.sine.row(b));

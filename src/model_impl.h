@@ -108,6 +108,7 @@ struct Model::Impl {
   Workspace forward_memory;          // of a ForwardRoom
   std::vector<float> router_logits;  // [T, E] of the layer that ran last
   Routing routing;                   // the same
+  std::vector<Sequence> sequences;   // of forward_step()
 };
 
 }  // namespace cleave

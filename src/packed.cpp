@@ -7,10 +7,28 @@
 #include "fail.h"
 #include "kernels/dispatch.h"
 #include "kernels/packed_format.h"
+#include "quants.h"
 #include "stored_rows.h"
 #include "support/weight_memory.h"
 
 namespace cleave {
+
+namespace {
+
+/// By the kernels themselves, a block of steps at a time: what they make of scale and minimum in
+/// one rounding or two depends on the instruction set.
+void unpack_int4_row(const std::byte* panel, std::int64_t cols, const float* units,
+                     std::int64_t lane, float* out) {
+  float block[kInt4Block * kPanelWidth];
+  for (std::int64_t begin = 0; begin < cols; begin += kInt4Block) {
+    const std::int64_t steps = std::min(kInt4Block, cols - begin);
+    panel_kernels().unpack[static_cast<int>(PanelFormat::kInt4)](panel, steps, units, block);
+    for (std::int64_t s = 0; s < steps; ++s) out[begin + s] = block[s * kPanelWidth + lane];
+    panel += panel_bytes(PanelFormat::kInt4, steps);
+  }
+}
+
+}  // namespace
 
 const char* weight_type_name(WeightType type) {
   switch (type) {
@@ -102,12 +120,37 @@ PackedLinear::PackedLinear(std::int64_t rows, std::int64_t cols, WeightType type
 }
 
 void PackedLinear::unpack_row(std::int64_t n, float* out) const {
-  std::vector<float> panel(static_cast<std::size_t>(cols_ * kPanelWidth));
   const PanelFormat format = panel_format(type_);
-  const std::byte* packed = data_.get() + n / kPanelWidth * panel_bytes_;
-  panel_kernels().unpack[static_cast<int>(format)](
-      packed + scale_bytes(format), cols_, reinterpret_cast<const float*>(packed), panel.data());
-  for (std::int64_t s = 0; s < cols_; ++s) out[s] = panel[s * kPanelWidth + n % kPanelWidth];
+  const std::byte* panel = data_.get() + n / kPanelWidth * panel_bytes_;
+  const std::int64_t lane = n % kPanelWidth;
+  const auto* scales = reinterpret_cast<const float*>(panel);
+  panel += scale_bytes(format);
+  const auto half_at = [&](std::int64_t index) {
+    std::uint16_t bits;
+    std::memcpy(&bits, panel + 2 * index, sizeof bits);
+    return bits;
+  };
+  switch (format) {
+    case PanelFormat::kF32:
+      for (std::int64_t s = 0; s < cols_; ++s)
+        std::memcpy(out + s, panel + 4 * (s * kPanelWidth + lane), sizeof *out);
+      return;
+    case PanelFormat::kBF16:
+      for (std::int64_t s = 0; s < cols_; ++s)
+        out[s] = bf16_to_float(half_at((s / 2 * kPanelWidth + lane) * 2 + s % 2));
+      return;
+    case PanelFormat::kF16:
+      for (std::int64_t s = 0; s < cols_; ++s)
+        out[s] = half_to_float(half_at(s * kPanelWidth + lane));
+      return;
+    case PanelFormat::kInt8:
+      for (std::int64_t s = 0; s < cols_; ++s)
+        out[s] = scales[lane] *
+                 static_cast<float>(std::to_integer<std::int8_t>(panel[s * kPanelWidth + lane]));
+      return;
+    case PanelFormat::kInt4:
+      return unpack_int4_row(panel, cols_, scales, lane, out);
+  }
 }
 
 }  // namespace cleave

@@ -1,9 +1,12 @@
-// What the C interface allocates: nothing while it runs. Replaces operator new for this program.
+// What the C interface allocates, and a decoder's step: nothing while they run. Replaces operator
+// new for this program.
 #include <atomic>
 #include <cstdlib>
 #include <new>
 
 #include "c_api/c_layer.h"
+#include "cleave/model.h"
+#include "support/paths.h"
 
 namespace {
 
@@ -104,6 +107,40 @@ TEST(CApi, RoutingAllocatesNothing) {
   call.topk_ids = ids.data();
   call.topk_weights = weights.data();
   EXPECT_EQ(allocations_of([&] { return cleave_route(&call); }), 0);
+}
+
+/// Allocations of a step behind a text, one that has been seen to be as long before.
+void expect_steps_allocate_nothing(const std::filesystem::path& directory, WeightType type,
+                                   int threads) {
+  const Checkpoint checkpoint = Checkpoint::open(directory);
+  Model model = Model::load(checkpoint, {.threads = threads, .weights = type});
+  const std::int64_t D = model.config().hidden_size, V = model.config().vocab_size;
+  KvCache cache(model.config(), 100), other(model.config(), 100);
+  KvCache* const caches[] = {&cache, &other};
+  std::vector<float> hidden(2 * D), logits(2 * V);
+  const std::int32_t tokens[] = {1, 2};
+  const auto step = [&] {
+    model.forward({tokens, 1}, cache, {hidden.data(), 1, D});
+    model.logits({hidden.data(), 1, D}, {logits.data(), 1, V});
+    model.forward_step(tokens, caches, {hidden.data(), 2, D});
+  };
+  for (int i = 0; i < 45; ++i) step();
+  cache.clear();
+  other.clear();
+  for (int i = 0; i < 30; ++i) step();
+  const long before = allocations;
+  for (int i = 0; i < 10; ++i) step();
+  EXPECT_EQ(allocations - before, 0)
+      << directory << ", " << weight_type_name(type) << ", " << threads << " threads";
+}
+
+TEST(Model, StepsAllocateNothing) {
+  const auto golden = source_dir() / "tests" / "golden" / "logits";
+  for (const WeightType type : {WeightType::kF32, WeightType::kBF16, WeightType::kF16,
+                                WeightType::kInt8, WeightType::kInt4})
+    for (const int threads : {1, 3})
+      for (const char* name : {"llama", "llama_long", "mixtral", "granitemoeshared"})
+        expect_steps_allocate_nothing(golden / name, type, threads);
 }
 
 TEST(CApi, MissingMemoryIsAStatus) {
