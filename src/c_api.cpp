@@ -10,6 +10,8 @@
 #include "c_handles.h"
 #include "cleave/packed.h"
 #include "cleave/version.h"
+#include "kernels/check_routing.h"
+#include "kernels/packed_ffn.h"
 
 namespace cleave {
 namespace {
@@ -115,21 +117,15 @@ cleave_ffn_call c_read_call(const cleave_ffn_call* given) {
 }
 
 /// Ids of the caller: each within range, none twice in a token. Every thread of an SPMD call finds
-/// the same, before the first barrier.
-void c_check_ids(const cleave_ffn_call& call, std::int64_t E) {
-  const std::int64_t K = call.experts_per_token;
-  for (std::int64_t t = 0; t < call.num_tokens; ++t) {
-    const std::int32_t* ids = call.topk_ids + t * K;
-    for (std::int64_t k = 0; k < K; ++k) {
-      if (ids[k] == Routing::kUnused) continue;
-      if (ids[k] < 0 || ids[k] >= E)
-        fail_argument("topk_ids[{}, {}] is {}, but there are {} experts (0 to {})", t, k, ids[k], E,
-                      E - 1);
-      if (std::find(ids, ids + k, ids[k]) != ids + k)
-        fail_argument("topk_ids has expert {} twice for token {}; its ids must be distinct", ids[k],
-                      t);
-    }
-  }
+/// the same, before the first barrier; nothing looks at them again.
+void c_check_ids(const RoutingView& routing, std::int64_t E) {
+  const std::int64_t K = routing.experts_per_token;
+  if (const std::int64_t p = find_foreign_id(routing, E); p >= 0)
+    fail_argument("topk_ids[{}, {}] is {}, but there are {} experts (0 to {})", p / K, p % K,
+                  routing.ids[p], E, E - 1);
+  if (const std::int64_t p = find_repeated_id(routing, E); p >= 0)
+    fail_argument("topk_ids has expert {} twice for token {}; its ids must be distinct",
+                  routing.ids[p], p / K);
 }
 
 /// The caller's memory, if it is enough.
@@ -180,12 +176,12 @@ void c_experts_run(const cleave_experts* experts, const cleave_ffn_call* given) 
   const auto y = c_matrix(call.y, "y", T, D, call.y_stride);
   c_check_pointer(call.topk_ids, "topk_ids");
   c_check_pointer(call.topk_weights, "topk_weights");
-  c_check_ids(call, packed.num_experts());
+  const RoutingView routing{T, K, call.topk_ids, call.topk_weights};
+  c_check_ids(routing, packed.num_experts());
   const ParallelFor parallel = threads.parallel_for();
   Workspace workspace = c_workspace(call, moe_ffn_workspace_size(packed, T, K, parallel.threads));
   const float scale = call.scale == 0.0f ? 1.0f : call.scale;
-  moe_ffn(packed, RoutingView{T, K, call.topk_ids, call.topk_weights}, scale, x, y, workspace,
-          parallel);
+  run_checked({packed, routing.ids, routing.weights, K, scale, x, y}, workspace, parallel);
   c_add_biases(*experts, call, scale, y, parallel);
   threads.finish();
 }

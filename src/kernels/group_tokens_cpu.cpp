@@ -10,7 +10,7 @@
 
 namespace cleave {
 
-void check_routing(const char* function, const RoutingView& routing, std::int64_t num_experts) {
+std::int64_t find_foreign_id(const RoutingView& routing, std::int64_t num_experts) {
   const std::int64_t pairs = routing.num_tokens * routing.experts_per_token;
   // Without a way out, so that it runs by vectors.
   std::int32_t least = 0, most = 0;
@@ -18,14 +18,43 @@ void check_routing(const char* function, const RoutingView& routing, std::int64_
     least = std::min(least, routing.ids[i]);
     most = std::max(most, routing.ids[i]);
   }
-  if (least >= Routing::kUnused && most < num_experts) return;
+  if (least >= Routing::kUnused && most < num_experts) return -1;
   for (std::int64_t i = 0; i < pairs; ++i)
-    if (routing.ids[i] < Routing::kUnused || routing.ids[i] >= num_experts)
-      throw InvalidArgument(fmt::format(
-          "{}: token {} is routed to expert {}, but there are {} experts (0 to {}); "
-          "was the routing "
-          "made for another layer?",
-          function, i / routing.experts_per_token, routing.ids[i], num_experts, num_experts - 1));
+    if (routing.ids[i] < Routing::kUnused || routing.ids[i] >= num_experts) return i;
+  return -1;
+}
+
+std::int64_t find_repeated_id(const RoutingView& routing, std::int64_t num_experts) {
+  constexpr std::int64_t kWindow = 8192;  // experts that a bit each is kept of, a kilobyte
+  std::uint64_t seen[kWindow / 64] = {};
+  const std::int64_t K = routing.experts_per_token;
+  for (std::int64_t first = 0; first < num_experts; first += kWindow)
+    for (std::int64_t t = 0; t < routing.num_tokens; ++t) {
+      const std::int32_t* ids = routing.ids + t * K;
+      const auto in_window = [&](std::int64_t k) {
+        return ids[k] >= first && ids[k] < first + kWindow;
+      };
+      std::int64_t repeated = -1;
+      for (std::int64_t k = 0; k < K; ++k) {
+        if (!in_window(k)) continue;
+        const std::int64_t bit = ids[k] - first;
+        if ((seen[bit / 64] >> (bit % 64) & 1) != 0 && repeated < 0) repeated = t * K + k;
+        seen[bit / 64] |= std::uint64_t{1} << (bit % 64);
+      }
+      if (repeated >= 0) return repeated;
+      for (std::int64_t k = 0; k < K; ++k)
+        if (in_window(k)) seen[(ids[k] - first) / 64] = 0;
+    }
+  return -1;
+}
+
+void check_routing(const char* function, const RoutingView& routing, std::int64_t num_experts) {
+  const std::int64_t i = find_foreign_id(routing, num_experts);
+  if (i < 0) return;
+  throw InvalidArgument(fmt::format(
+      "{}: token {} is routed to expert {}, but there are {} experts (0 to {}); was the routing "
+      "made for another layer?",
+      function, i / routing.experts_per_token, routing.ids[i], num_experts, num_experts - 1));
 }
 
 RoutingView checked_view(const char* function, const Routing& routing) {

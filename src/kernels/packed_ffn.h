@@ -29,6 +29,9 @@ inline bool is_narrow(const PackedExperts& experts) {
 /// Whether prompts are multiplied as bfloat16 pairs.
 bool uses_dots(const PackedExperts& experts);
 
+/// moe_ffn() but for its checks: ids are in range, and no token has one twice.
+void run_checked(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
+
 /// Few tokens per expert: weights are read once, as they are stored. See packed_ffn_decode.cpp.
 void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
 /// Many: weights are unpacked once per pass. See packed_ffn_prefill.cpp.

@@ -19,14 +19,6 @@ std::int64_t prefill_rows(const PackedExperts& experts) {
   return is_narrow(experts) ? 9 : 5;
 }
 
-void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
-  if (call.x.rows == 0 || call.k == 0) return;
-  if (call.x.rows * call.k >= prefill_rows(call.experts) * call.experts.num_experts())
-    run_prefill(call, workspace, parallel);
-  else
-    run_decode(call, workspace, parallel);
-}
-
 void check_packed_shapes(const char* function, const PackedExperts& experts,
                          MatrixView<const float> x, MatrixView<float> y) {
   if (x.rows != y.rows || x.cols != experts.d_model() || y.cols != experts.d_model())
@@ -51,6 +43,14 @@ std::size_t dense_routing_bytes(std::int64_t T) {
 
 }  // namespace
 
+void run_checked(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
+  if (call.x.rows == 0 || call.k == 0) return;
+  if (call.x.rows * call.k >= prefill_rows(call.experts) * call.experts.num_experts())
+    run_prefill(call, workspace, parallel);
+  else
+    run_decode(call, workspace, parallel);
+}
+
 std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t num_tokens,
                                    std::int64_t experts_per_token, int threads) {
   const std::int64_t T = num_tokens, k = experts_per_token, parts = std::max(1, threads);
@@ -68,8 +68,8 @@ void moe_ffn(const PackedExperts& experts, const RoutingView& routing, float sca
     fail_argument("moe_ffn: the routing is of {} tokens, x has {}", routing.num_tokens, x.rows);
   check_pairs("moe_ffn", routing.num_tokens, routing.experts_per_token);
   check_routing("moe_ffn", routing, experts.num_experts());
-  run({experts, routing.ids, routing.weights, routing.experts_per_token, scale, x, y}, workspace,
-      parallel);
+  run_checked({experts, routing.ids, routing.weights, routing.experts_per_token, scale, x, y},
+              workspace, parallel);
 }
 
 void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
@@ -103,7 +103,7 @@ void dense_ffn(const PackedExperts& ffn, MatrixView<const float> x, MatrixView<f
     std::fill(ones + begin, ones + end, 1.0f);
   });
   Workspace rest(std::span<std::byte>(memory + room.used(), bytes - room.used()));
-  run({ffn, ids, ones, 1, 1.0f, x, y}, rest, parallel);
+  run_checked({ffn, ids, ones, 1, 1.0f, x, y}, rest, parallel);
   if (ffn.down_bias().empty()) return;
   parallel(T, kTokensPerRange, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t)

@@ -160,9 +160,12 @@ TEST(CApi, RouteEqualsTheReference) {
     const bool hard = pick(rng, 0, 1) == 0;
     const OwnedMatrix logits = random_matrix(rng, T, E + gap);
     const MatrixView<const float> view(logits.values.data(), T, E, E + gap);
-    const GateMode mode = hard ? GateMode::kHard : GateMode::kSoftmax;
+    const RouteSpec spec{.experts_per_token = K,
+                         .mode = hard ? GateMode::kHard : GateMode::kSoftmax,
+                         .threshold = pick(rng, 0, 1) == 0 ? 0.0f : 0.3f,
+                         .normalise = pick(rng, 0, 3) != 0};
     Routing expected;
-    route_reference(view, {.experts_per_token = K, .mode = mode}, expected);
+    route_reference(view, spec, expected);
     std::vector<std::int32_t> ids(T * K, -7);
     std::vector<float> weights(T * K, -7.0f);
     cleave_route_call call = cleave_route_call_init();
@@ -174,11 +177,53 @@ TEST(CApi, RouteEqualsTheReference) {
     call.topk_ids = ids.data();
     call.topk_weights = weights.data();
     call.gate = hard ? CLEAVE_GATE_HARD : CLEAVE_GATE_SOFTMAX;
+    call.threshold = spec.threshold;
+    call.keep_probabilities = spec.normalise ? 0 : 1;
     ASSERT_EQ(cleave_route(&call), CLEAVE_OK) << cleave_last_error();
     ASSERT_EQ(ids, expected.ids) << "seed " << seed;
-    // A float exponential, a sum of K and a division: each within a few ulp.
+    // A float exponential, a sum of up to E and a division: each within a few ulp.
     for (std::size_t i = 0; i < weights.size(); ++i)
-      ASSERT_NEAR(weights[i], expected.weights[i], sum_bound(K + 6)) << "seed " << seed;
+      ASSERT_NEAR(weights[i], expected.weights[i], sum_bound(E + 6)) << "seed " << seed;
+  }
+}
+
+TEST(CApi, IdsOfManyExpertsAreChecked) {
+  const CLayer layer({.E = 8200, .D = 2, .I = 1});
+  const ExpertsHandle experts = create(layer.desc());
+  CCall c(experts.get(), 3, 2, 1, 5);
+  for (const std::int32_t id : {0, 63, 64, 8191, 8192, 8199}) {
+    c.routing.ids = {0, 1, 63, 64, id, id};
+    expect_refusal(c.run(), fmt::format("topk_ids has expert {} twice for token 2", id));
+    c.routing.ids = {id, -1, id, -1, -1, id};
+    EXPECT_EQ(c.run(), CLEAVE_OK) << cleave_last_error();
+  }
+}
+
+// docs/c_api.md: shared experts as a handle of their own.
+TEST(CApi, SharedExpertsAreASecondHandle) {
+  const CLayer routed({.E = 6}), shared({.E = 1, .I = 48, .seed = 9});
+  const ExpertsHandle experts = create(routed.desc()), always = create(shared.desc());
+  const std::int64_t T = 11;
+  CCall both(experts.get(), T, 2, 1, 5);
+  const Expectation expected_routed(routed, both, 1.0f);
+  CCall dense(always.get(), T, 0, 1, 5);
+  dense.y.values = both.y.values;
+  const Expectation expected_shared(shared, dense, 1.0f);
+  const std::vector<float> start = both.y.values;
+
+  ASSERT_EQ(both.run(), CLEAVE_OK) << cleave_last_error();
+  cleave_ffn_call call = dense.call;
+  call.x = both.call.x;
+  call.y = both.call.y;
+  ASSERT_EQ(both.x.values, dense.x.values);
+  ASSERT_EQ(cleave_dense_run(always.get(), &call), CLEAVE_OK) << cleave_last_error();
+  for (std::size_t i = 0; i < start.size(); ++i) {
+    const double sum =
+        static_cast<double>(expected_routed.y.values[i]) + expected_shared.y.values[i] - start[i];
+    const double size = static_cast<double>(expected_routed.magnitude.values[i]) +
+                        expected_shared.magnitude.values[i];
+    ASSERT_NEAR(both.y.values[i], sum,
+                size * (expected_routed.bound + expected_shared.bound + sum_bound(2)));
   }
 }
 
