@@ -224,13 +224,21 @@ void c_route(const cleave_route_call* given) {
   if (call.reserved != 0) fail_argument("cleave_route_call: reserved is not 0");
   c_check_tokens(call.num_tokens);
   c_check_slots(call.num_tokens, call.experts_per_token, call.num_experts);
-  const GateMode gate = c_enum(kCGateModes, call.gate, "gate");
+  const RouteSpec spec{.experts_per_token = call.experts_per_token,
+                       .mode = c_enum(kCGateModes, call.gate, "gate"),
+                       .threshold = call.threshold,
+                       .normalise = call.keep_probabilities == 0};
+  if (!(call.threshold >= 0.0f && call.threshold <= 1.0f))  // NaN as well
+    fail_argument("threshold is {}; expected a share of the largest probability, 0 to 1",
+                  call.threshold);
+  if (call.keep_probabilities != 0 && call.keep_probabilities != 1)
+    fail_argument("keep_probabilities is {}; expected 0 or 1", call.keep_probabilities);
   if (call.num_tokens == 0) return;
   const auto logits =
       c_matrix(call.logits, "logits", call.num_tokens, call.num_experts, call.logits_stride);
   c_check_pointer(call.topk_ids, "topk_ids");
   c_check_pointer(call.topk_weights, "topk_weights");
-  route(logits, call.experts_per_token, gate, call.topk_ids, call.topk_weights);
+  route(logits, spec, call.topk_ids, call.topk_weights);
 }
 
 }  // namespace

@@ -221,7 +221,8 @@ std::vector<std::int32_t> choose_experts(MatrixView<const float> x, const Linear
   for (std::int64_t first = 0; first < x.rows; first += kCaptureBlock) {
     const std::int64_t T = std::min(kCaptureBlock, x.rows - first);
     linear(x.slice_rows(first, T), router.view(), {}, {logits.data(), T, E}, parallel);
-    route({logits.data(), T, E}, K, GateMode::kHard, ids.data() + first * K, weights.data());
+    route({logits.data(), T, E}, {.experts_per_token = K, .mode = GateMode::kHard},
+          ids.data() + first * K, weights.data());
   }
   return ids;
 }

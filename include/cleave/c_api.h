@@ -135,8 +135,9 @@ typedef struct cleave_threads {
 
 // ---- Routing ----
 
-/// Selects the K largest logits of each token, ties to the lower id, and weighs them. Rows are
-/// independent, so threads may share them out among several calls.
+/// Selects the K largest logits of each token, ties to the lower id, and weighs them; with a
+/// threshold those of them that reach it. Rows are independent, so threads may share them out among
+/// several calls.
 typedef struct cleave_route_call {
   uint32_t struct_size;
   uint32_t abi_version;
@@ -149,6 +150,13 @@ typedef struct cleave_route_call {
   float* topk_weights;        ///< [T, K], written
   int32_t gate;               ///< CLEAVE_GATE_*
   int32_t reserved;           ///< 0
+  // Appended; zero, what an older header leaves them at, is how it was:
+  /// [0, 1]: of the K only experts with p_e >= threshold * p_max are used, where p is the softmax
+  /// over all E logits; the slots of the others come last, with id -1 and weight 0, as
+  /// cleave_experts_run() takes them. The largest always is used; 0: all K are.
+  float threshold;
+  /// CLEAVE_GATE_SOFTMAX: 0: the weights of the experts in use sum to 1; 1: they are their p_e.
+  int32_t keep_probabilities;
 } cleave_route_call;
 
 /// Allocates nothing.

@@ -64,8 +64,8 @@ void route(MatrixView<const float> logits, const RouteSpec& spec, Routing& routi
 void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
            Routing& routing);
 /// The same into the caller's memory, without an allocation: ids, weights [T, K], written.
-void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
-           std::int32_t* ids, float* weights);
+void route(MatrixView<const float> logits, const RouteSpec& spec, std::int32_t* ids,
+           float* weights);
 
 /// The definition of route(): a stable sort and a softmax in double.
 void route_reference(MatrixView<const float> logits, const RouteSpec& spec, Routing& routing);

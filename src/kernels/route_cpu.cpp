@@ -153,9 +153,8 @@ void route(MatrixView<const float> logits, const RouteSpec& spec, Routing& routi
   route(logits, spec, routing, ParallelFor());
 }
 
-void route(MatrixView<const float> logits, std::int64_t experts_per_token, GateMode mode,
-           std::int32_t* ids, float* weights) {
-  const RouteSpec spec{.experts_per_token = experts_per_token, .mode = mode};
+void route(MatrixView<const float> logits, const RouteSpec& spec, std::int32_t* ids,
+           float* weights) {
   check_route_spec("route", spec, logits.cols);
   route_tokens(logits, 0, logits.rows, spec, ids, weights);
 }

@@ -191,6 +191,10 @@ TEST_F(CApiErrors, Routes) {
   expect_route([](R& r) { r.experts_per_token = 0; }, "experts_per_token is 0");
   expect_route([](R& r) { r.gate = 2; }, "gate is 2");
   expect_route([](R& r) { r.reserved = 2; }, "reserved is not 0");
+  expect_route([](R& r) { r.threshold = -0.1f; }, "threshold is -0.1");
+  expect_route([](R& r) { r.threshold = 1.1f; }, "threshold is 1.1");
+  expect_route([](R& r) { r.threshold = std::nanf(""); }, "threshold is nan");
+  expect_route([](R& r) { r.keep_probabilities = 2; }, "keep_probabilities is 2; expected 0 or 1");
   expect_route([](R& r) { r.logits = nullptr; }, "logits is NULL");
   expect_route([](R& r) { r.logits_stride = 3; }, "logits_stride is 3");
   expect_route([](R& r) { r.topk_ids = nullptr; }, "topk_ids is NULL");
@@ -232,6 +236,26 @@ TEST_F(CApiErrors, AnOlderStructIsShorter) {
   expect_refusal(cleave_experts_run(experts.get(), short_one.get()), "expected at least");
   const SizedStruct<cleave_ffn_call> empty(c.call, 8);
   expect_refusal(cleave_experts_run(experts.get(), empty.get()), "struct_size is 8");
+}
+
+// What a header without the threshold had.
+TEST(CApi, AnOlderRouteCallHasNoThreshold) {
+  const float logits[] = {1.0f, 2.0f, 0.5f, -1.0f};
+  std::int32_t ids[3];
+  float weights[3];
+  cleave_route_call call = cleave_route_call_init();
+  call.num_tokens = 1;
+  call.num_experts = 4;
+  call.experts_per_token = 3;
+  call.logits = logits;
+  call.topk_ids = ids;
+  call.topk_weights = weights;
+  call.threshold = 0.9f;  // beyond the end of the older struct
+  const SizedStruct<cleave_route_call> older(call, offsetof(cleave_route_call, threshold));
+  ASSERT_EQ(cleave_route(older.get()), CLEAVE_OK) << cleave_last_error();
+  EXPECT_EQ(std::vector(ids, ids + 3), (std::vector<std::int32_t>{1, 0, 2}));
+  ASSERT_EQ(cleave_route(&call), CLEAVE_OK) << cleave_last_error();
+  EXPECT_EQ(std::vector(ids, ids + 3), (std::vector<std::int32_t>{1, -1, -1}));
 }
 
 TEST_F(CApiErrors, ANewerStructIsLongerAndItsNewFieldsAreZero) {
