@@ -11,6 +11,7 @@
 #include "cleave/export.h"
 #include "decoder_tensors.h"
 #include "packed_cache.h"
+#include "support/weight_memory.h"
 
 namespace cleave {
 
@@ -26,6 +27,7 @@ DecoderWeights DecoderPacker::all() const {
   for (std::int64_t l = 0; l < c_.num_layers; ++l) weights.layers.push_back(layer(l));
   weights.final_norm = final_norm();
   weights.head = c_.tie_word_embeddings ? weights.embedding : head();
+  trim_weights();
   return weights;
 }
 
@@ -81,23 +83,32 @@ LayerWeights DecoderPacker::layer(std::int64_t l) const {
     w.ffn =
         pack(has_fused_experts(c_.family) ? fused_moe_layer(l) : moe_layer(l), type_, parallel_);
   else
-    w.ffn = PackedExperts(dense_ffn(prefix + "mlp.").view(), type_, parallel_);
+    w.ffn = dense_ffn(prefix + "mlp.");
   return w;
 }
 
-DenseFfn DecoderPacker::dense_ffn(const std::string& prefix) const {
-  DenseFfn ffn;
-  ffn.hidden = c_.intermediate_size;
-  ffn.d_model = c_.hidden_size;
-  ffn.activation = c_.activation;
-  ffn.gate = floats(prefix + "gate_proj.weight");
-  ffn.up = floats(prefix + "up_proj.weight");
-  ffn.down = floats(prefix + "down_proj.weight");
-  if (!c_.mlp_bias) return ffn;
-  ffn.gate_bias = floats(prefix + "gate_proj.bias");
-  ffn.up_bias = floats(prefix + "up_proj.bias");
-  ffn.down_bias = floats(prefix + "down_proj.bias");
-  return ffn;
+PackedExperts DecoderPacker::dense_ffn(const std::string& prefix) const {
+  const auto bias = [&](const char* name) {
+    return c_.mlp_bias ? floats(prefix + name + ".bias") : std::vector<float>();
+  };
+  const std::string gate = prefix + "gate_proj.weight", up = prefix + "up_proj.weight";
+  const std::vector<float> down = floats(prefix + "down_proj.weight");
+  const std::vector<float> gate_bias = bias("gate_proj"), up_bias = bias("up_proj");
+  const std::vector<float> down_bias = bias("down_proj");
+  FfnRows rows;
+  rows.gate = [&](std::int64_t first, MatrixView<float> out) {
+    source_.read_rows(gate, first, out);
+  };
+  rows.up = [&](std::int64_t first, MatrixView<float> out) { source_.read_rows(up, first, out); };
+  rows.down = {down.data(), c_.hidden_size, c_.intermediate_size};
+  rows.gate_bias = gate_bias;
+  rows.up_bias = up_bias;
+  rows.down_bias = down_bias;
+  rows.activation = c_.activation;
+  PackedExperts packed(rows, type_, parallel_);
+  source_.release(gate);
+  source_.release(up);
+  return packed;
 }
 
 namespace {

@@ -58,7 +58,8 @@ struct DecoderWeights {
 PackedMoe pack(const MoeLayer& layer, WeightType type, const ParallelFor& parallel);
 
 /// Reads a checkpoint's tensors and packs them, a part of the decoder at a time. What was read is
-/// given back to the system: besides the packed weights, one layer's FFN is in memory, as float32.
+/// given back to the system: besides the packed weights, one layer's `down` is in memory as
+/// float32, or one layer's experts.
 class DecoderPacker {
  public:
   /// @throws FileError  a tensor is missing or has the wrong shape; reading one: it holds NaN
@@ -76,7 +77,7 @@ class DecoderPacker {
   std::vector<float> floats(const std::string& name) const;
   PackedLinear linear(const std::string& name, WeightType type) const;
   PackedLinear stacked(const std::vector<std::string>& names) const;
-  DenseFfn dense_ffn(const std::string& prefix) const;
+  PackedExperts dense_ffn(const std::string& prefix) const;
   MoeLayer moe_layer(std::int64_t l) const;
   MoeLayer fused_moe_layer(std::int64_t l) const;
   ExpertBank fused_bank(const std::string& input, const std::string& output,

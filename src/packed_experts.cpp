@@ -20,6 +20,8 @@ struct Source {
   StoredRows down;              // [D, neurons], or [neurons, D]
   bool down_transposed = true;  // [neurons, D]
   std::span<const float> gate_bias, up_bias;
+  const ReadRows* read_gate = nullptr;  // in place of gate and up
+  const ReadRows* read_up = nullptr;
   float down_at(std::int64_t neuron, std::int64_t output) const {
     return down_transposed ? down.at(neuron, output) : down.at(output, neuron);
   }
@@ -44,7 +46,10 @@ class PanelWriter {
   void write_gate_up(const Source& source, std::int64_t begin, std::int64_t count,
                      std::byte* scales_to, std::byte* panel) {
     weights_.assign(static_cast<std::size_t>(d_model_ * kPanelWidth), 0.0f);
-    if (!source.gate.empty()) {
+    if (source.read_up != nullptr) {
+      read_to_lanes("gate", *source.read_gate, begin, count, 0);
+      read_to_lanes("up", *source.read_up, begin, count, kPanelWidth / 2);
+    } else if (!source.gate.empty()) {
       rows_to_lanes(source.gate, begin, count, 0, weights_);
       rows_to_lanes(source.up, begin, count, kPanelWidth / 2, weights_);
     } else {
@@ -54,6 +59,15 @@ class PanelWriter {
     widen_scales(layout_.format, weights_, scales);
     std::memcpy(scales_to, scales, layout_.scale_bytes);
     encode_panel(layout_.format, weights_, scales, panel);
+  }
+
+  void read_to_lanes(const char* name, const ReadRows& read, std::int64_t begin, std::int64_t count,
+                     std::int64_t lane) {
+    rows_.resize(static_cast<std::size_t>(count * d_model_));
+    const MatrixView<float> rows(rows_.data(), count, d_model_);
+    read(begin, rows);
+    check_weights(name, MatrixView<const float>(rows), begin);
+    rows_to_lanes(MatrixView<const float>(rows), 0, count, lane, weights_);
   }
 
   void write_down(const Source& source, std::int64_t begin, std::int64_t count,
@@ -91,7 +105,7 @@ class PanelWriter {
 
   ExpertLayout layout_;
   std::int64_t d_model_;
-  std::vector<float> weights_;
+  std::vector<float> weights_, rows_;
 };
 
 struct PackTarget {
@@ -190,6 +204,27 @@ PackedExperts::PackedExperts(const FfnView& ffn, WeightType type, const Parallel
   const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
   data_ = pack_panels(target, sources, parallel);
   lane_bias_ = lane_biases(target, sources);
+}
+
+PackedExperts::PackedExperts(const FfnRows& ffn, WeightType type, const ParallelFor& parallel)
+    : d_model_(ffn.down.rows),
+      activation_(ffn.activation),
+      type_(type),
+      widths_{ffn.down.cols},
+      down_bias_(ffn.down_bias.begin(), ffn.down_bias.end()) {
+  check_weights("down", ffn.down);
+  Source source;
+  source.down = ffn.down;
+  source.down_transposed = false;
+  source.gate_bias = ffn.gate_bias;
+  source.up_bias = ffn.up_bias;
+  source.read_gate = &ffn.gate;
+  source.read_up = &ffn.up;
+  panel_begin_ = panel_begins(widths_, panel_neurons());
+  panel_bytes_ = ExpertLayout(type, gated_, d_model_).bytes();
+  const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
+  data_ = pack_panels(target, {source}, parallel);
+  lane_bias_ = lane_biases(target, {source});
 }
 
 PackedExperts::PackedExperts(const StackedExperts& stack, WeightType type,

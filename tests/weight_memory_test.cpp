@@ -37,6 +37,23 @@ TEST(WeightMemory, BlocksAreApartAndOutliveEachOther) {
   EXPECT_NE(allocate_weights(0), nullptr);
 }
 
+TEST(WeightMemory, TrimmingKeepsWhatIsThereAndWhatComes) {
+  constexpr std::size_t kBytes = 100 << 10;
+  const auto first = allocate_weights(kBytes);
+  std::memset(first.get(), 1, kBytes);
+  trim_weights();
+  const auto second = allocate_weights(kBytes);
+  EXPECT_EQ(first.get() + kBytes, second.get());
+  std::memset(second.get(), 2, kBytes);
+  trim_weights();
+  const auto holds = [](const std::shared_ptr<std::byte[]>& block, int value) {
+    return std::all_of(block.get(), block.get() + kBytes,
+                       [&](std::byte b) { return b == static_cast<std::byte>(value); });
+  };
+  EXPECT_TRUE(holds(first, 1));
+  EXPECT_TRUE(holds(second, 2));
+}
+
 TEST(WeightMemory, NeighboursShareAStretch) {
   const auto first = allocate_weights(128 << 10), second = allocate_weights(128 << 10);
   EXPECT_EQ(first.get() + (128 << 10), second.get());

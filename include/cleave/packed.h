@@ -57,14 +57,15 @@ class Workspace {
   std::size_t size_ = 0;
 };
 
+/// Writes rows [first, first + out.rows) of a weight [N, K] into out [<= 32, K].
+using ReadRows = std::function<void(std::int64_t first, MatrixView<float> out)>;
+
 /// A linear layer's weight [N, K], packed.
 class PackedLinear {
  public:
   PackedLinear() = default;
   /// @throws InvalidArgument  a weight is not finite, or beyond the range of `type`
   PackedLinear(MatrixView<const float> weight, WeightType type, const ParallelFor& parallel = {});
-  /// Writes rows [first, first + out.rows) of a weight into out [<= 32, K].
-  using ReadRows = std::function<void(std::int64_t first, MatrixView<float> out)>;
   /// The same for a weight that is never whole in memory: `read` is called from all threads.
   /// @throws InvalidArgument  as above; and whatever `read` throws
   PackedLinear(std::int64_t rows, std::int64_t cols, WeightType type, const ReadRows& read,
@@ -102,6 +103,15 @@ struct StackedExperts {
   const float* w13_bias = nullptr;  ///< [E, 2I] or [E, I], or none
 };
 
+/// A dense FFN whose gate and up are never whole in memory: as FfnView, but that their rows are
+/// read while they are packed, from all threads.
+struct FfnRows {
+  ReadRows gate, up;                                     ///< [H, D] each
+  MatrixView<const float> down;                          ///< [D, H]
+  std::span<const float> gate_bias, up_bias, down_bias;  ///< [H], [H], [D], or empty
+  Activation activation = Activation::kSilu;
+};
+
 /// What PackedExperts is made of, for those who keep it in a file or elsewhere.
 struct PackedExpertsParts {
   std::int64_t d_model = 0;
@@ -122,6 +132,9 @@ class PackedExperts {
   PackedExperts(const ExpertBank& bank, WeightType type, const ParallelFor& parallel = {});
   /// A dense FFN: one expert, which dense_ffn() runs for all tokens.
   PackedExperts(const FfnView& ffn, WeightType type, const ParallelFor& parallel = {});
+  /// The same.
+  /// @throws InvalidArgument  as above; and whatever `ffn.gate` and `ffn.up` throw
+  PackedExperts(const FfnRows& ffn, WeightType type, const ParallelFor& parallel = {});
   /// Reads each weight where it is; needs no memory beside the packed weights.
   PackedExperts(const StackedExperts& stack, WeightType type, const ParallelFor& parallel = {});
   /// Experts that are packed already.

@@ -107,13 +107,19 @@ struct Loaded {
   WeightType weights;
 };
 
+/// Gives the system back what was freed: after a document or a layer in float32, as much as the KV
+/// cache of some hundred tokens.
+void trim_memory() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
+
 /// The checkpoint is closed again: what it maps and knows is not needed to run.
 Loaded load(const RunOptions& options) {
   const Checkpoint checkpoint = Checkpoint::open(options.model);
   Tokenizer tokenizer = Tokenizer::from_checkpoint(checkpoint);
-#ifdef __GLIBC__
-  malloc_trim(0);  // the tokenizer's document: as much as the KV cache of some hundred tokens
-#endif
+  trim_memory();
   const ModelSpec spec = model_spec(options.loading, options.common, checkpoint);
   Model model = Model::load(checkpoint, spec);
   return {std::move(tokenizer), std::move(model), spec.weights};
@@ -123,6 +129,7 @@ void run_model(const RunOptions& options) {
   if (options.prompt.empty())
     throw InvalidArgument("--prompt: empty; give it at least one character");
   auto [tokenizer, model, weights] = load(options);
+  trim_memory();
   const InterruptGuard guard;
   const RunResult result = stream_text(options, tokenizer, model);
   const bool json = options.common.json;

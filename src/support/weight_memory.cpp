@@ -21,8 +21,8 @@ std::shared_ptr<std::byte[]> allocate_aligned(std::size_t bytes, std::size_t ali
   return {memory, [align](std::byte* p) { ::operator delete[](p, align); }};
 }
 
+/// Huge pages but for the end, of which a huge page would leave up to 2 MiB unused.
 std::shared_ptr<std::byte[]> allocate_huge(std::size_t bytes) {
-  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   auto memory = allocate_aligned(bytes, kHugePage);
   advise_huge_pages(memory.get(), bytes);
   return memory;
@@ -33,7 +33,17 @@ struct Filling {
   std::mutex mutex;
   std::weak_ptr<std::byte[]> stretch;
   std::size_t used = 0;
+
+  /// What is behind the last block may be in memory, as part of its huge page.
+  void trim() const {
+    if (const std::shared_ptr<std::byte[]> whole = stretch.lock())
+      discard_pages(whole.get() + used, kStretchBytes - used);
+  }
 };
+Filling& filling() {
+  static Filling only;
+  return only;
+}
 
 }  // namespace
 
@@ -42,17 +52,24 @@ std::shared_ptr<std::byte[]> allocate_weights(std::int64_t bytes) {
       (static_cast<std::size_t>(std::max<std::int64_t>(bytes, 1)) + 63) / 64 * 64;
   if (size < kOwnBytes) return allocate_aligned(size, 64);
   if (size >= kLargeBytes) return allocate_huge(size);
-  static Filling filling;
-  const std::scoped_lock lock(filling.mutex);
-  std::shared_ptr<std::byte[]> stretch = filling.stretch.lock();
-  if (stretch == nullptr || filling.used + size > kStretchBytes) {
+  Filling& now = filling();
+  const std::scoped_lock lock(now.mutex);
+  std::shared_ptr<std::byte[]> stretch = now.stretch.lock();
+  if (stretch == nullptr || now.used + size > kStretchBytes) {
+    now.trim();
     stretch = allocate_huge(kStretchBytes);
-    filling.stretch = stretch;
-    filling.used = 0;
+    now.stretch = stretch;
+    now.used = 0;
   }
-  std::byte* block = stretch.get() + filling.used;
-  filling.used += size;
+  std::byte* block = stretch.get() + now.used;
+  now.used += size;
   return {std::move(stretch), block};
+}
+
+void trim_weights() {
+  Filling& now = filling();
+  const std::scoped_lock lock(now.mutex);
+  now.trim();
 }
 
 }  // namespace cleave

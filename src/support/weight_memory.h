@@ -12,4 +12,8 @@ namespace cleave {
 /// last block in it is. Safe to call from several threads.
 std::shared_ptr<std::byte[]> allocate_weights(std::int64_t bytes);
 
+/// Gives the system back what lies between the last block and the end of its huge page. Blocks that
+/// come later are placed there all the same. To be called when a model is complete.
+void trim_weights();
+
 }  // namespace cleave

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 
 #include "cleave/error.h"
@@ -74,6 +75,58 @@ TEST(PackedLinear, MatchesReferenceAroundTheEdgesOfBlocks) {
       for (const std::int64_t N : {16, 17, 72})
         expect_linear_is_right(rng, /*T=*/21, K, N, type, /*with_bias=*/true, /*add=*/N == 17,
                                pool.parallel_for(), workspace);
+}
+
+// Bit for bit, but for the sign of a zero, which the kernels may lose.
+TEST(PackedLinear, ARowIsUnpackedAsTheKernelsDoIt) {
+  std::mt19937 rng(1);
+  for (const WeightType type : kTypes)
+    for (const std::int64_t K : {1, 31, 32, 33, 97, 576}) {
+      const std::int64_t N = 45;
+      const OwnedMatrix w = random_matrix(rng, N, K);
+      const PackedLinear packed(w.view(), type);
+      const PanelFormat format = panel_format(type);
+      std::vector<float> row(K), panel(K * kPanelWidth);
+      for (std::int64_t n = 0; n < N; ++n) {
+        const std::byte* data = packed.data() + n / kPanelWidth * packed.panel_bytes();
+        panel_kernels().unpack[static_cast<int>(format)](
+            data + scale_bytes(format), K, reinterpret_cast<const float*>(data), panel.data());
+        packed.unpack_row(n, row.data());
+        for (std::int64_t k = 0; k < K; ++k)
+          ASSERT_EQ(row[k], panel[k * kPanelWidth + n % kPanelWidth])
+              << weight_type_name(type) << " K " << K << " row " << n << " column " << k;
+      }
+    }
+}
+
+TEST(PackedExperts, RowsThatAreReadPackToTheSameBytes) {
+  std::mt19937 rng(1);
+  for (const WeightType type : kTypes)
+    for (const bool biases : {true, false}) {
+      const DenseFfn dense = random_dense(rng, 37, 50, true, biases, Activation::kSilu);
+      const FfnView view = dense.view();
+      const PackedExperts expected(view, type);
+      const auto rows_of = [](const MatrixView<const float>& from) {
+        return [&from](std::int64_t first, MatrixView<float> out) {
+          for (std::int64_t r = 0; r < out.rows; ++r)
+            std::copy_n(from.row(first + r), out.cols, out.row(r));
+        };
+      };
+      FfnRows rows{rows_of(view.gate), rows_of(view.up), view.down,
+                   view.gate_bias,     view.up_bias,     view.down_bias};
+      const PackedExperts packed(rows, type);
+      ASSERT_EQ(packed.bytes(), expected.bytes());
+      EXPECT_EQ(std::memcmp(packed.expert(0), expected.expert(0),
+                            static_cast<std::size_t>(packed.bytes())),
+                0)
+          << weight_type_name(type);
+      EXPECT_TRUE(std::ranges::equal(packed.lane_bias(), expected.lane_bias()));
+      EXPECT_TRUE(std::ranges::equal(packed.down_bias(), expected.down_bias()));
+      rows.up = [](std::int64_t, MatrixView<float> out) {
+        std::fill_n(out.data, out.rows * out.cols, std::nanf(""));
+      };
+      EXPECT_THROW(PackedExperts(rows, type), InvalidArgument);
+    }
 }
 
 // What a type may lose: a bound on |packed - exact| per weight, from its definition.
