@@ -6,9 +6,8 @@ namespace cleave {
 
 /// The first pair t * K + k whose id is neither in [0, num_experts) nor Routing::kUnused; -1: none.
 std::int64_t find_foreign_id(const RoutingView& routing, std::int64_t num_experts);
-/// A pair of a token that has its expert in an earlier slot, too (the first such, of up to 8192
-/// experts); -1: none. O(T * K) for up to 8192 experts, and so often that for more. Ids must be in
-/// range.
+/// A pair of a token that has its expert in an earlier slot, too (the first such, of up to 4096
+/// experts); -1: none. O(T * K) for each 4096 experts. Ids must be in range.
 std::int64_t find_repeated_id(const RoutingView& routing, std::int64_t num_experts);
 
 /// @throws InvalidArgument  ids or weights are not [T, K], or an id is outside

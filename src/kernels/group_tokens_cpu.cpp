@@ -25,26 +25,21 @@ std::int64_t find_foreign_id(const RoutingView& routing, std::int64_t num_expert
 }
 
 std::int64_t find_repeated_id(const RoutingView& routing, std::int64_t num_experts) {
-  constexpr std::int64_t kWindow = 8192;  // experts that a bit each is kept of, a kilobyte
-  std::uint64_t seen[kWindow / 64] = {};
+  constexpr std::int64_t kWindow = 4096;  // experts that are looked at together: 16 kB
+  std::int32_t last[kWindow];             // token that had this expert
   const std::int64_t K = routing.experts_per_token;
-  for (std::int64_t first = 0; first < num_experts; first += kWindow)
-    for (std::int64_t t = 0; t < routing.num_tokens; ++t) {
-      const std::int32_t* ids = routing.ids + t * K;
-      const auto in_window = [&](std::int64_t k) {
-        return ids[k] >= first && ids[k] < first + kWindow;
-      };
-      std::int64_t repeated = -1;
+  for (std::int64_t first = 0; first < num_experts; first += kWindow) {
+    const auto count = static_cast<std::uint64_t>(std::min(kWindow, num_experts - first));
+    std::fill_n(last, count, -1);
+    const std::int32_t* ids = routing.ids;
+    for (std::int32_t t = 0; t < routing.num_tokens; ++t, ids += K)
       for (std::int64_t k = 0; k < K; ++k) {
-        if (!in_window(k)) continue;
-        const std::int64_t bit = ids[k] - first;
-        if ((seen[bit / 64] >> (bit % 64) & 1) != 0 && repeated < 0) repeated = t * K + k;
-        seen[bit / 64] |= std::uint64_t{1} << (bit % 64);
+        const auto e = static_cast<std::uint64_t>(ids[k] - first);
+        if (e >= count) continue;  // unused, or of another window
+        if (last[e] == t) return t * K + k;
+        last[e] = t;
       }
-      if (repeated >= 0) return repeated;
-      for (std::int64_t k = 0; k < K; ++k)
-        if (in_window(k)) seen[(ids[k] - first) / 64] = 0;
-    }
+  }
   return -1;
 }
 

@@ -191,8 +191,8 @@ TEST(CApi, IdsOfManyExpertsAreChecked) {
   const CLayer layer({.E = 8200, .D = 2, .I = 1});
   const ExpertsHandle experts = create(layer.desc());
   CCall c(experts.get(), 3, 2, 1, 5);
-  for (const std::int32_t id : {0, 63, 64, 8191, 8192, 8199}) {
-    c.routing.ids = {0, 1, 63, 64, id, id};
+  for (const std::int32_t id : {0, 4095, 4096, 8191, 8192, 8199}) {
+    c.routing.ids = {0, 1, 4095, 4096, id, id};
     expect_refusal(c.run(), fmt::format("topk_ids has expert {} twice for token 2", id));
     c.routing.ids = {id, -1, id, -1, -1, id};
     EXPECT_EQ(c.run(), CLEAVE_OK) << cleave_last_error();
