@@ -84,7 +84,14 @@ LayerWeights DecoderPacker::layer(std::int64_t l) const {
         pack(has_fused_experts(c_.family) ? fused_moe_layer(l) : moe_layer(l), type_, parallel_);
   else
     w.ffn = dense_ffn(prefix + "mlp.");
+  release_all();
   return w;
+}
+
+// With a page that is touched, a system maps some of its neighbours: after some layers, megabytes
+// of tensors that were given back before.
+void DecoderPacker::release_all() const {
+  for (const TensorInfo& tensor : source_.tensors()) source_.release(tensor.name);
 }
 
 PackedExperts DecoderPacker::dense_ffn(const std::string& prefix) const {

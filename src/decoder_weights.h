@@ -83,6 +83,7 @@ class DecoderPacker {
   ExpertBank fused_bank(const std::string& input, const std::string& output,
                         std::int64_t num_experts, std::int64_t width) const;
   void append(const std::string& name, std::vector<float>& to) const;
+  void release_all() const;
 
   const Checkpoint& source_;
   const ModelConfig& c_;
