@@ -151,9 +151,11 @@ class LayerScan {
     const Capture capture = capture_energy(
         tokens(layer.source), capture_spec(spec_, shares_, shared_width, l), parallel_);
     BudgetRows rows(layer.source.ffn.view(), capture.partition);
-    const auto ids = choose_experts(input, capture.router, shares_.active, parallel_);
+    const Routing routing =
+        route_tokens(input, capture.router, shares_.active, spec_.gate, parallel_);
     const MatrixView<float> features = columns(rows.size());
-    mask_features(rows, ids, shares_.active, columns(size), features, parallel_);
+    mask_features(rows, routing, gate_scale(spec_.gate, shares_.active), columns(size), features,
+                  parallel_);
     const std::span<const float> weight(weight_);
     if (spec_.refit)
       rows.set_down_t(repaired_down(
@@ -161,7 +163,7 @@ class LayerScan {
           weight.first(static_cast<std::size_t>(seen_)), spec_.refit_spec, parallel_));
     error = error_apart(features, rows.down_t(), target);
     rows.experts.down_bias = dense.ffn.down_bias;
-    return make_budget_layer(std::move(rows), capture.router, shares_.active);
+    return make_budget_layer(std::move(rows), capture.router, shares_.active, spec_.gate);
   }
 
   /// Of the windows held apart.

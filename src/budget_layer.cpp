@@ -88,6 +88,7 @@ CaptureSpec capture_spec(const BudgetSpec& spec, const BudgetShares& shares,
   capture.router = spec.router_method;
   capture.router_rank = spec.router_rank;
   capture.training = spec.router;
+  if (spec.gate == GateMode::kSoftmax) capture.logit_spread = kSoftmaxGateSpread;
   // Layers must not share a permutation.
   capture.training.seed = capture.seed = spec.seed + static_cast<std::uint64_t>(layer);
   return capture;
@@ -176,21 +177,23 @@ void BudgetRows::name_neurons(const std::vector<std::int32_t>& dense, std::int64
   }
 }
 
-void mask_features(const BudgetRows& rows, const std::vector<std::int32_t>& ids,
-                   std::int64_t active, MatrixView<const float> hidden, MatrixView<float> features,
+void mask_features(const BudgetRows& rows, const Routing& routing, float scale,
+                   MatrixView<const float> hidden, MatrixView<float> features,
                    const ParallelFor& parallel) {
+  const std::int64_t K = routing.experts_per_token;
   parallel(hidden.rows, 16, [&](std::int64_t begin, std::int64_t end) {
     std::vector<float> row(static_cast<std::size_t>(rows.size()));
-    const auto copy = [&](const float* h, std::int64_t first, std::int64_t last) {
-      for (std::int64_t r = first; r < last; ++r) row[r] = h[rows.neuron[r]];
+    const auto take = [&](const float* h, std::int64_t first, std::int64_t last, float weight) {
+      for (std::int64_t r = first; r < last; ++r) row[r] = weight * h[rows.neuron[r]];
     };
     for (std::int64_t t = begin; t < end; ++t) {
       std::fill(row.begin(), row.begin() + rows.routed(), 0.0f);
-      for (std::int64_t k = 0; k < active; ++k) {
-        const std::int32_t e = ids[t * active + k];
-        copy(hidden.row(t), rows.experts.begin[e], rows.experts.begin[e + 1]);
+      for (std::int64_t k = 0; k < K; ++k) {
+        const std::int32_t e = routing.ids[t * K + k];
+        take(hidden.row(t), rows.experts.begin[e], rows.experts.begin[e + 1],
+             scale * routing.weights[t * K + k]);
       }
-      copy(hidden.row(t), rows.routed(), rows.size());
+      take(hidden.row(t), rows.routed(), rows.size(), 1.0f);
       std::copy(row.begin(), row.end(), features.row(t));
     }
   });
@@ -217,14 +220,15 @@ std::vector<float> repaired_down(const BudgetRows& rows, MatrixView<const float>
   return fit.solve({prior.data(), rows.size(), target.cols}, spec, parallel);
 }
 
-MoeLayer make_budget_layer(BudgetRows rows, const LinearRouter& router, std::int64_t active) {
+MoeLayer make_budget_layer(BudgetRows rows, const LinearRouter& router, std::int64_t active,
+                           GateMode gate) {
   MoeLayer layer;
   layer.experts = std::move(rows.experts);
   if (rows.shared.rows() > 0) layer.shared = std::move(rows.shared);
   layer.router = router;
   layer.experts_per_token = active;
-  layer.gate = GateMode::kHard;
-  layer.scale = 1.0f;
+  layer.gate = gate;
+  layer.scale = gate_scale(gate, active);
   return layer;
 }
 

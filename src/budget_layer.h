@@ -63,11 +63,16 @@ struct BudgetRows {
   void name_neurons(const std::vector<std::int32_t>& dense, std::int64_t dense_hidden);
 };
 
-/// features [T, rows] = the hidden values that run: of the shared slice, and of the token's
-/// experts. Both may be the same memory, row by row.
-/// @param ids  [T, active]
-void mask_features(const BudgetRows& rows, const std::vector<std::int32_t>& ids,
-                   std::int64_t active, MatrixView<const float> hidden, MatrixView<float> features,
+/// What the weights of a token's chosen experts are multiplied by, so that they are 1 on average.
+inline float gate_scale(GateMode gate, std::int64_t active) {
+  return gate == GateMode::kSoftmax ? static_cast<float>(active) : 1.0f;
+}
+
+/// features [T, rows] = the hidden values that run, times what their experts weigh: of the shared
+/// slice (weight 1), and of the token's experts (`scale` times the routing's weight). Both may be
+/// the same memory, row by row.
+void mask_features(const BudgetRows& rows, const Routing& routing, float scale,
+                   MatrixView<const float> hidden, MatrixView<float> features,
                    const ParallelFor& parallel);
 
 /// `down` [rows, D] by ridge regression of target [T, D] on features [T, rows], drawn to the
@@ -77,7 +82,8 @@ std::vector<float> repaired_down(const BudgetRows& rows, MatrixView<const float>
                                  const RefitSpec& spec, const ParallelFor& parallel);
 
 /// The layer that these rows and this router are.
-MoeLayer make_budget_layer(BudgetRows rows, const LinearRouter& router, std::int64_t active);
+MoeLayer make_budget_layer(BudgetRows rows, const LinearRouter& router, std::int64_t active,
+                           GateMode gate);
 
 /// y [T, D] = h [T, H] down_t [H, D], plus a bias if there is one.
 void down_product(MatrixView<const float> h, const std::vector<float>& down_t,

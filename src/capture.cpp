@@ -211,20 +211,25 @@ void expert_energies(const LayerTokens& tokens, const NeuronPartition& partition
   });
 }
 
-std::vector<std::int32_t> choose_experts(MatrixView<const float> x, const LinearRouter& router,
-                                         std::int64_t experts_per_token,
-                                         const ParallelFor& parallel) {
+Routing route_tokens(MatrixView<const float> x, const LinearRouter& router,
+                     std::int64_t experts_per_token, GateMode gate, const ParallelFor& parallel) {
   const std::int64_t E = router.num_experts, K = experts_per_token;
-  std::vector<std::int32_t> ids(static_cast<std::size_t>(x.rows * K));
+  Routing routing{x.rows, K, std::vector<std::int32_t>(static_cast<std::size_t>(x.rows * K)),
+                  std::vector<float>(static_cast<std::size_t>(x.rows * K))};
   Buffer logits(kCaptureBlock * E);
-  std::vector<float> weights(static_cast<std::size_t>(kCaptureBlock * K));
   for (std::int64_t first = 0; first < x.rows; first += kCaptureBlock) {
     const std::int64_t T = std::min(kCaptureBlock, x.rows - first);
     linear(x.slice_rows(first, T), router.view(), {}, {logits.data(), T, E}, parallel);
-    route({logits.data(), T, E}, {.experts_per_token = K, .mode = GateMode::kHard},
-          ids.data() + first * K, weights.data());
+    route({logits.data(), T, E}, {.experts_per_token = K, .mode = gate},
+          routing.ids.data() + first * K, routing.weights.data() + first * K);
   }
-  return ids;
+  return routing;
+}
+
+std::vector<std::int32_t> choose_experts(MatrixView<const float> x, const LinearRouter& router,
+                                         std::int64_t experts_per_token,
+                                         const ParallelFor& parallel) {
+  return route_tokens(x, router, experts_per_token, GateMode::kHard, parallel).ids;
 }
 
 Capture keep_most_energy(const LayerTokens& tokens, std::int64_t kept,

@@ -32,7 +32,8 @@ struct CaptureSpec {
   RouterMethod router = RouterMethod::kTrained;  ///< the final one
   std::int64_t router_rank = 0;                  ///< kLowRank; 0: default_router_rank()
   double router_penalty = 0.01;
-  RouterTrainSpec training;  ///< of the final router
+  double logit_spread = 1.0;  ///< standard deviation of the final router's logits, see below
+  RouterTrainSpec training;   ///< of the final router
   std::uint64_t seed = 0;
 };
 
@@ -65,7 +66,8 @@ Capture capture_energy(const LayerTokens& tokens, const CaptureSpec& spec,
 NeuronPartition fixed_partition(const LayerTokens& tokens, const CaptureSpec& spec,
                                 std::span<const std::int32_t> shared, const ParallelFor& parallel);
 
-/// The router of CaptureSpec::router, its logits with a standard deviation of 1.
+/// The router of CaptureSpec::router, its logits over a token's experts with a standard deviation
+/// of CaptureSpec::logit_spread.
 /// @param energy  [T, E], see expert_energies()
 /// @param ridge   fitted to the amplitudes: what most methods start from
 LinearRouter final_router(const LayerTokens& tokens, const CaptureSpec& spec,
@@ -88,7 +90,10 @@ struct HiddenSample {
 /// The static counterpart: the `kept` neurons of most energy are shared, the others dropped.
 Capture keep_most_energy(const LayerTokens& tokens, std::int64_t kept, const ParallelFor& parallel);
 
-/// ids [T, K] of the experts that `router` chooses for each row of x.
+/// The experts that `router` chooses for each row of x [T, D], and what they weigh.
+Routing route_tokens(MatrixView<const float> x, const LinearRouter& router,
+                     std::int64_t experts_per_token, GateMode gate, const ParallelFor& parallel);
+/// Their ids alone, [T, K].
 std::vector<std::int32_t> choose_experts(MatrixView<const float> x, const LinearRouter& router,
                                          std::int64_t experts_per_token,
                                          const ParallelFor& parallel);

@@ -97,11 +97,13 @@ class BudgetConversion {
     if (dense_) aim_at_dense_stream(target, down_bias);
 
     BudgetRows rows(layer.source.ffn.view(), capture.partition);
-    std::vector<std::int32_t> ids;
-    if (shares_.active > 0) ids = choose_experts(input, capture.router, shares_.active, parallel_);
+    Routing routing;
+    if (shares_.active > 0)
+      routing = route_tokens(input, capture.router, shares_.active, spec_.gate, parallel_);
     rows.name_neurons(layer.neuron, H);
-    record_load(rows, ids, l);
-    mask_features(rows, ids, shares_.active, hidden(size), hidden(rows.size()), parallel_);
+    record_load(rows, routing.ids, l);
+    mask_features(rows, routing, gate_scale(spec_.gate, shares_.active), hidden(size),
+                  hidden(rows.size()), parallel_);
     const MatrixView<float> features = hidden(rows.size());
     if (spec_.refit)
       rows.set_down_t(repaired_down(rows, features, target, weight, spec_.refit_spec, parallel_));
@@ -190,7 +192,7 @@ class BudgetConversion {
       return;
     }
     conversion_.layers.push_back(
-        make_budget_layer(std::move(rows), capture.router, shares_.active));
+        make_budget_layer(std::move(rows), capture.router, shares_.active, spec_.gate));
   }
 
   BudgetSpec spec_;

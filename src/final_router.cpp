@@ -46,7 +46,7 @@ LinearRouter final_router(const LayerTokens& tokens, const CaptureSpec& spec,
                           const NeuronPartition& partition, MatrixView<const float> energy,
                           const LinearRouter& ridge, const ParallelFor& parallel) {
   LinearRouter router = make_router(tokens, spec, partition, energy, ridge, parallel);
-  normalise_logits(tokens.input, router, parallel);
+  normalise_logits(tokens.input, router, spec.logit_spread, parallel);
   return router;
 }
 

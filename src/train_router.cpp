@@ -50,7 +50,7 @@ class RouterTraining {
         adam_(start.weight.size()),
         gradient_(start.weight.size()),
         batch_(spec.batch, x.cols) {
-    normalise_logits(x_, router_, parallel_);
+    normalise_logits(x_, router_, 1.0, parallel_);
     logits_.resize(static_cast<std::size_t>(spec.batch * gain.cols));
     gain_border_.resize(static_cast<std::size_t>(x.rows));
     parallel_(x.rows, 256, [&](std::int64_t begin, std::int64_t end) {
@@ -137,7 +137,7 @@ LinearRouter run_training(const char* function, MatrixView<const float> x,
 
 }  // namespace
 
-void normalise_logits(MatrixView<const float> x, LinearRouter& router,
+void normalise_logits(MatrixView<const float> x, LinearRouter& router, double spread,
                       const ParallelFor& parallel) {
   const std::int64_t T = std::min(kScaleTokens, x.rows), E = router.num_experts;
   std::vector<float> logits(static_cast<std::size_t>(T * E));
@@ -154,7 +154,7 @@ void normalise_logits(MatrixView<const float> x, LinearRouter& router,
   }
   const double deviation = std::sqrt(std::max(0.0, variance / static_cast<double>(T)));
   if (deviation > 0.0)
-    for (float& w : router.weight) w = static_cast<float>(w / deviation);
+    for (float& w : router.weight) w = static_cast<float>(w / deviation * spread);
 }
 
 LinearRouter train_router(MatrixView<const float> x, MatrixView<const float> gain,

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <numeric>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cleave/convert.h"
@@ -10,56 +11,14 @@
 #include "cleave/evaluate.h"
 #include "cleave/export.h"
 #include "cleave/model.h"
-#include "cleave/tokenizer.h"
-#include "support/paths.h"
+#include "support/budget.h"
 #include "support/random_llama.h"
 
 namespace cleave {
 namespace {
 
 using testing::logits_of;
-using testing::TempDir;
-
-/// The bundled model: 4 layers, D 128, H 512; calibration and evaluation on different parts of its
-/// sample text.
-class Budget : public ::testing::Test {
- protected:
-  static constexpr std::int64_t kContext = 256;
-  Budget() : source_(Checkpoint::open(testing::demo_llama_dir())) {
-    const auto file = testing::demo_llama_dir() / "sample.txt";
-    const TokenWindows all = make_windows(
-        Tokenizer::from_checkpoint(source_).encode(read_text(file)), kContext, 0, "sample.txt");
-    calibration_ = part(all, 0, 12);
-    held_out_ = part(all, all.count() - 3, all.count());
-  }
-  static TokenWindows part(const TokenWindows& all, std::int64_t first, std::int64_t last) {
-    TokenWindows windows;
-    windows.context = all.context;
-    windows.tokens.assign(all.tokens.begin() + first * kContext,
-                          all.tokens.begin() + last * kContext);
-    return windows;
-  }
-  static BudgetSpec budget(double share) {
-    BudgetSpec spec;
-    spec.active_share = share;
-    spec.router.steps = 30;
-    spec.router.batch = 512;
-    return spec;
-  }
-  /// Written, re-read, and compared with the dense model.
-  EvalResult evaluate_written(const Conversion& conversion) {
-    write_conversion(dir_.path() / "out", source_, conversion, "{}", {.overwrite = true});
-    Model dense = Model::load(source_), model = Model::load(Checkpoint::open(dir_.path() / "out"));
-    return evaluate(model, held_out_, &dense);
-  }
-  double kl(const BudgetSpec& spec) {
-    return evaluate_written(convert_to_budget(source_, spec, calibration_)).kl;
-  }
-
-  TempDir dir_;
-  Checkpoint source_;
-  TokenWindows calibration_, held_out_;
-};
+using Budget = testing::BudgetTest;
 
 TEST_F(Budget, RoutingAndRefitBothPay) {
   BudgetSpec spec = budget(0.5);
@@ -171,9 +130,11 @@ std::vector<double> errors_again(Model& dense, const Conversion& conversion, con
 
 TEST_F(Budget, TheStreamIsThatOfTheConvertedModel) {
   calibration_.tokens.resize(4 * kContext);
-  for (const double correction : {0.0, 0.5}) {
+  for (const auto& [correction, gate] :
+       {std::pair(0.0, GateMode::kHard), {0.5, GateMode::kHard}, {0.5, GateMode::kSoftmax}}) {
     BudgetSpec spec = budget(0.5);
     spec.correction = correction;
+    spec.gate = gate;
     const Conversion conversion = convert_to_budget(source_, spec, calibration_);
     Model dense = Model::load(source_);
     const auto expected = errors_again(dense, conversion, spec, calibration_);

@@ -108,6 +108,11 @@ Conversion convert(
     const Checkpoint& source, const ConvertSpec& spec, const TokenWindows* calibration = nullptr,
     const std::function<void(const std::string&, std::int64_t, std::int64_t)>& progress = {});
 
+/// Under a softmax gate a conversion to a budget gives its routers' logits this standard deviation
+/// over a token's experts: routers fitted to energies know an order of experts, but no scale.
+/// Measured: docs/methods/conversion.md.
+inline constexpr double kSoftmaxGateSpread = 0.125;
+
 /// A conversion to a budget: how much of every FFN runs per token.
 struct BudgetSpec {
   double active_share = 0.5;       ///< rho: share of the neurons that run for a token, in (0, 1]
@@ -122,7 +127,10 @@ struct BudgetSpec {
   RouterMethod router_method = RouterMethod::kTrained;
   std::int64_t router_rank = 0;  ///< R of kLowRank, at most E; 0: 32, or E / 2 where that is less
   RouterTrainSpec router{};      ///< of kTrained and kLogistic
-  bool refit = true;             ///< of `down`, under the routing that really happens
+  /// kHard: chosen experts weigh 1. kSoftmax: K times their softmax weight among the chosen, which
+  /// the refit then takes into account.
+  GateMode gate = GateMode::kHard;
+  bool refit = true;  ///< of `down`, under the routing that really happens
   RefitSpec refit_spec{};
   /// Which part of what the layers before have lost `down` is asked to give back: 0: `down` aims at
   /// the dense FFN's output; 1: at the dense model's residual stream after the layer.
@@ -146,8 +154,8 @@ BudgetShares divide_budget(std::int64_t hidden, const BudgetSpec& spec);
 
 /// Converts a dense model to a budget, layer by layer: each layer is split, its router fitted and
 /// its `down` repaired on what the converted layers before it give. All layers get the same shapes,
-/// but for the shared slices under Allocation::kKl. Chosen experts weigh 1 (GateMode::kHard, scale
-/// 1).
+/// but for the shared slices under Allocation::kKl. Chosen experts weigh 1 on average: exactly with
+/// GateMode::kHard (scale 1), with kSoftmax and scale K.
 ///
 /// Holds the residual stream of all calibration tokens and one layer's hidden values:
 /// T * (5 D + H) floats, T * (4 D + H) without the correction.

@@ -265,7 +265,8 @@ void add_convert_command(CLI::App& app) {
       ->check(CLI::Range(0.0, 1.0));
   command
       ->add_option("--gate", options->gate,
-                   "Expert weights: softmax (over the selected) or hard (0/1 mask)")
+                   "Expert weights: softmax (over the selected) or hard (the same for each). auto: "
+                   "softmax; with --active-share hard")
       ->capture_default_str();
   command
       ->add_option("--scale", options->scale,

@@ -41,6 +41,14 @@ void parse_router(const std::string& value, BudgetSpec& spec) {
     throw InvalidArgument(fmt::format("--router: '{}': the rank must be at least 1", value));
 }
 
+/// "auto": what each road does best with.
+GateMode parse_gate(const ConvertOptions& options) {
+  const GateMode automatic = options.active_share > 0.0 ? GateMode::kHard : GateMode::kSoftmax;
+  const std::pair<const char*, GateMode> gates[] = {
+      {"auto", automatic}, {"softmax", GateMode::kSoftmax}, {"hard", GateMode::kHard}};
+  return parse_name("--gate", options.gate, gates);
+}
+
 BudgetPartition parse_partition(const std::string& value) {
   if (value == "auto") return BudgetPartition::kCaptured;
   if (const auto partition = parse_budget_partition(value)) return *partition;
@@ -101,15 +109,13 @@ ConvertSpec make_spec(const ConvertOptions& options) {
       {"contiguous", PartitionMethod::kContiguous},
       {"random", PartitionMethod::kRandom},
       {"kmeans", PartitionMethod::kKMeans}};
-  constexpr std::pair<const char*, GateMode> kGates[] = {{"softmax", GateMode::kSoftmax},
-                                                         {"hard", GateMode::kHard}};
   ConvertSpec spec;
   spec.partition.method = parse_name("--partition", options.partition, kPartitions);
   spec.partition.num_experts =
       static_cast<std::int32_t>(parse_count("--experts", options.experts, 8));
   spec.partition.seed = options.common.seed;
   spec.experts_per_token = options.active;
-  spec.gate = parse_name("--gate", options.gate, kGates);
+  spec.gate = parse_gate(options);
   constexpr std::pair<const char*, ScalePolicy> kScales[] = {{"fitted", ScalePolicy::kFitted},
                                                              {"experts", ScalePolicy::kExperts},
                                                              {"active", ScalePolicy::kActive}};
@@ -139,6 +145,7 @@ BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden) {
   spec.correction = options.correction;
   spec.partition = parse_partition(options.partition);
   parse_router(options.router, spec);
+  spec.gate = parse_gate(options);
   constexpr std::pair<const char*, Allocation> kAllocations[] = {{"uniform", Allocation::kUniform},
                                                                  {"kl", Allocation::kKl}};
   spec.allocation = parse_name("--allocation", options.allocation, kAllocations);
@@ -156,6 +163,7 @@ Json settings_json(const ConvertOptions& options) {
                      {"shared", options.shared},
                      {"partition", options.partition == "auto" ? "captured" : options.partition},
                      {"router", options.router},
+                     {"gate", gate_mode_name(parse_gate(options))},
                      {"refit", options.refit},
                      {"allocation", options.allocation},
                      {"penalty", options.penalty},
@@ -164,7 +172,7 @@ Json settings_json(const ConvertOptions& options) {
     settings.update({{"experts", parse_count("--experts", options.experts, 8)},
                      {"active", options.active},
                      {"partition", options.partition == "auto" ? "kmeans" : options.partition},
-                     {"gate", options.gate}});
+                     {"gate", gate_mode_name(parse_gate(options))}});
   settings.update({{"calibration_files", options.calibration.size()},
                    {"context", options.context},
                    {"calibration_tokens", options.calibration_tokens},
@@ -219,7 +227,7 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
             "{} belongs to a conversion to a budget; give --active-share as well", name));
     return;
   }
-  for (const char* name : {"--active", "--gate", "--scale"})
+  for (const char* name : {"--active", "--scale"})
     if (given(name))
       throw InvalidArgument(fmt::format(
           "{} and --active-share exclude each other: a budget decides it by itself", name));

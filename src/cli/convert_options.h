@@ -23,7 +23,7 @@ struct ConvertOptions {
   std::string allocation = "uniform";
   double correction = BudgetSpec{}.correction;
   double penalty = RefitSpec{}.penalty;
-  std::string gate = "softmax";
+  std::string gate = "auto";
   std::string scale = "fitted";
   std::vector<std::string> calibration;
   std::int64_t calibration_tokens = 0;  // 0: as the mode likes it

@@ -52,6 +52,11 @@ small="$cleave convert $source out --overwrite --calibration $text --calibration
 expect 0 $small --router low-rank:4 --partition cmoe
 says out.txt '"router": "low-rank"'
 says out.txt '"partition": "cmoe"'
+expect 0 $small --gate softmax
+says out/cleave.json '"gate": "softmax"'
+says out/cleave.json '"router_epsilon": 1.0'
+expect 2 $small --gate soft
+says err.txt 'choose one of auto, softmax, hard'
 expect 0 $small --router representative --partition expertweaver
 says out.txt '"router": "representative"'
 
