@@ -64,6 +64,7 @@ struct AllocationText {
 /// One round and a router in closed form: enough to tell layers and divisions apart.
 BudgetSpec quick_spec(BudgetSpec spec) {
   spec.rounds = std::min<std::int64_t>(spec.rounds, 1);
+  spec.refit_rounds = 1;
   if (spec.router_method == RouterMethod::kTrained || spec.router_method == RouterMethod::kLogistic)
     spec.router_method = RouterMethod::kRidge;
   return spec;
@@ -159,7 +160,7 @@ class LayerScan {
     const std::span<const float> weight(weight_);
     if (spec_.refit)
       rows.set_down_t(repaired_down(
-          rows, features.slice_rows(0, seen_), target.slice_rows(0, seen_),
+          rows.down_t(), features.slice_rows(0, seen_), target.slice_rows(0, seen_),
           weight.first(static_cast<std::size_t>(seen_)), spec_.refit_spec, parallel_));
     error = error_apart(features, rows.down_t(), target);
     rows.experts.down_bias = dense.ffn.down_bias;

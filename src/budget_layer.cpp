@@ -158,6 +158,18 @@ BudgetRows::BudgetRows(const FfnView& ffn, const NeuronPartition& partition) {
   neuron.insert(neuron.end(), shared.neuron_order.begin(), shared.neuron_order.end());
 }
 
+std::vector<float> BudgetRows::down_square() const {
+  const std::vector<float> down = down_t();
+  const std::int64_t D = experts.num_experts() > 0 ? experts.d_model : shared.d_model;
+  std::vector<float> square(neuron.size(), 0.0f);
+  for (std::size_t r = 0; r < neuron.size(); ++r)
+    for (std::int64_t d = 0; d < D; ++d) {
+      const float value = down[static_cast<std::int64_t>(r) * D + d];
+      square[static_cast<std::size_t>(neuron[r])] += value * value;
+    }
+  return square;
+}
+
 std::vector<float> BudgetRows::down_t() const {
   std::vector<float> down = experts.down_t;
   down.insert(down.end(), shared.down_t.begin(), shared.down_t.end());
@@ -211,13 +223,13 @@ double relative_error(MatrixView<const float> y, MatrixView<const float> target,
   return size > 0.0 ? error / size : 0.0;
 }
 
-std::vector<float> repaired_down(const BudgetRows& rows, MatrixView<const float> features,
-                                 MatrixView<const float> target, std::span<const float> weight,
-                                 const RefitSpec& spec, const ParallelFor& parallel) {
-  const std::vector<float> prior = rows.down_t();
-  RidgeRefit fit(rows.size(), target.cols);
+std::vector<float> repaired_down(const std::vector<float>& dense_down,
+                                 MatrixView<const float> features, MatrixView<const float> target,
+                                 std::span<const float> weight, const RefitSpec& spec,
+                                 const ParallelFor& parallel) {
+  RidgeRefit fit(features.cols, target.cols);
   fit.observe(features, target, weight, parallel);
-  return fit.solve({prior.data(), rows.size(), target.cols}, spec, parallel);
+  return fit.solve({dense_down.data(), features.cols, target.cols}, spec, parallel);
 }
 
 MoeLayer make_budget_layer(BudgetRows rows, const LinearRouter& router, std::int64_t active,

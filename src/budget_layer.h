@@ -58,6 +58,9 @@ struct BudgetRows {
   std::int64_t size() const { return static_cast<std::int64_t>(neuron.size()); }
   std::int64_t routed() const { return static_cast<std::int64_t>(experts.neuron_order.size()); }
   std::vector<float> down_t() const;  ///< [rows, D]
+  /// [rows], by column of the hidden values: LayerTokens::down_square of these rows. None is
+  /// dropped.
+  std::vector<float> down_square() const;
   void set_down_t(const std::vector<float>& down);
   /// neuron_order in terms of the dense FFN. @param dense  ResizedLayer::neuron
   void name_neurons(const std::vector<std::int32_t>& dense, std::int64_t dense_hidden);
@@ -75,11 +78,12 @@ void mask_features(const BudgetRows& rows, const Routing& routing, float scale,
                    MatrixView<const float> hidden, MatrixView<float> features,
                    const ParallelFor& parallel);
 
-/// `down` [rows, D] by ridge regression of target [T, D] on features [T, rows], drawn to the
-/// present one.
-std::vector<float> repaired_down(const BudgetRows& rows, MatrixView<const float> features,
-                                 MatrixView<const float> target, std::span<const float> weight,
-                                 const RefitSpec& spec, const ParallelFor& parallel);
+/// `down` [rows, D] by ridge regression of target [T, D] on features [T, rows], drawn to the dense
+/// one.
+std::vector<float> repaired_down(const std::vector<float>& dense_down,
+                                 MatrixView<const float> features, MatrixView<const float> target,
+                                 std::span<const float> weight, const RefitSpec& spec,
+                                 const ParallelFor& parallel);
 
 /// The layer that these rows and this router are.
 MoeLayer make_budget_layer(BudgetRows rows, const LinearRouter& router, std::int64_t active,

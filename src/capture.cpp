@@ -178,6 +178,18 @@ void score(const std::vector<std::int32_t>& ids, MatrixView<const float> energy,
   capture.recall = hits / static_cast<double>(energy.rows * spec.active);
 }
 
+/// The final router of a split and what it catches. @param energy  [T, E], written
+void fit_router(const LayerTokens& tokens, const CaptureSpec& spec,
+                const std::vector<double>& total, MatrixView<float> energy, Capture& capture,
+                const ParallelFor& parallel) {
+  expert_energies(tokens, capture.partition, energy, parallel);
+  capture.router =
+      final_router(tokens, spec, capture.partition, energy,
+                   fit_amplitudes(tokens, energy, spec.router_penalty, parallel), parallel);
+  score(choose_experts(tokens.input, capture.router, spec.active, parallel), energy, total, spec,
+        capture);
+}
+
 void check_capture(const LayerTokens& tokens, const CaptureSpec& spec) {
   const std::int64_t T = tokens.hidden.rows, H = tokens.hidden.cols;
   if (tokens.input.rows != T || static_cast<std::int64_t>(tokens.weight.size()) != T ||
@@ -270,13 +282,16 @@ Capture capture_energy(const LayerTokens& tokens, const CaptureSpec& spec,
     const LinearRouter router = fit_amplitudes(tokens, energy, spec.router_penalty, parallel);
     capture.partition = reassign(tokens, spec, router, parallel);
   }
-  expert_energies(tokens, capture.partition, energy, parallel);
-  capture.router =
-      final_router(tokens, spec, capture.partition, energy,
-                   fit_amplitudes(tokens, energy, spec.router_penalty, parallel), parallel);
-  score(choose_experts(tokens.input, capture.router, spec.active, parallel), energy, total, spec,
-        capture);
+  fit_router(tokens, spec, total, energy, capture, parallel);
   return capture;
+}
+
+void retrain_router(const LayerTokens& tokens, const CaptureSpec& spec, Capture& capture,
+                    const ParallelFor& parallel) {
+  check_capture(tokens, spec);
+  Buffer energy(tokens.hidden.rows * spec.experts);
+  fit_router(tokens, spec, total_energy(tokens, parallel),
+             {energy.data(), tokens.hidden.rows, spec.experts}, capture, parallel);
 }
 
 }  // namespace cleave

@@ -61,6 +61,11 @@ void expert_energies(const LayerTokens& tokens, const NeuronPartition& partition
 Capture capture_energy(const LayerTokens& tokens, const CaptureSpec& spec,
                        const ParallelFor& parallel);
 
+/// The last step again, for the energies as they are now: once `down` was repaired, say. The split
+/// stays; the router and what it catches become new.
+void retrain_router(const LayerTokens& tokens, const CaptureSpec& spec, Capture& capture,
+                    const ParallelFor& parallel);
+
 /// A split that does not depend on a router: any CaptureSpec::partition but kCaptured.
 /// @param shared  the neurons that are always on, where the method has no way of its own
 NeuronPartition fixed_partition(const LayerTokens& tokens, const CaptureSpec& spec,

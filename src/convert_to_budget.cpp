@@ -22,6 +22,22 @@ bool has_neuron(const ExpertBank& bank, std::int64_t expert) {
                      [](std::int32_t j) { return j != ExpertBank::kPadding; });
 }
 
+void check_refit_rounds(const BudgetSpec& spec, const BudgetShares& shares) {
+  if (spec.refit_rounds < 1)
+    fail_argument("convert: {} refit rounds; give 1 or more", spec.refit_rounds);
+  if (spec.refit_rounds == 1) return;
+  const bool from_weights = spec.router_method == RouterMethod::kMeanGate ||
+                            spec.router_method == RouterMethod::kRepresentative;
+  if (!spec.refit || shares.active == 0 || from_weights)
+    fail_argument(
+        "convert: {} refit rounds fit the router again to the repaired experts, and here {}; give "
+        "1",
+        spec.refit_rounds,
+        !spec.refit          ? "nothing is repaired"
+        : shares.active == 0 ? "nothing is routed"
+                             : "the router does not look at their energies");
+}
+
 class BudgetConversion {
  public:
   BudgetConversion(Model& model, const BudgetSpec& spec,
@@ -92,23 +108,44 @@ class BudgetConversion {
     const LayerTokens all = tokens_of(dense);  // what it looks at moves along, and stays in place
     const ResizedLayer layer =
         resize_layer(std::move(dense), all, hidden(std::max(H, size)), size, parallel_);
-    const Capture capture = split(tokens_of(layer.source), l);
-    record_capture(capture, layer.energy);
+    Capture capture = split(tokens_of(layer.source), l);
     if (dense_) aim_at_dense_stream(target, down_bias);
-
-    BudgetRows rows(layer.source.ffn.view(), capture.partition);
-    Routing routing;
-    if (shares_.active > 0)
-      routing = route_tokens(input, capture.router, shares_.active, spec_.gate, parallel_);
-    rows.name_neurons(layer.neuron, H);
-    record_load(rows, routing.ids, l);
-    mask_features(rows, routing, gate_scale(spec_.gate, shares_.active), hidden(size),
-                  hidden(rows.size()), parallel_);
-    const MatrixView<float> features = hidden(rows.size());
-    if (spec_.refit)
-      rows.set_down_t(repaired_down(rows, features, target, weight, spec_.refit_spec, parallel_));
-    advance(down_bias, features, rows.down_t(), target, weight);
+    BudgetRows rows = route_and_refit(layer, tokens_of(layer.source), target, capture, l);
+    record_capture(capture, layer.energy);
+    advance(down_bias, hidden(rows.size()), rows.down_t(), target, weight);
     keep(std::move(rows), capture, down_bias);
+  }
+
+  /// The rows of a split as they will be stored; hidden_ becomes the features of the refit.
+  BudgetRows route_and_refit(const ResizedLayer& layer, const LayerTokens& tokens,
+                             MatrixView<const float> target, Capture& capture, std::int64_t l) {
+    BudgetRows rows(layer.source.ffn.view(), capture.partition);
+    rows.name_neurons(layer.neuron, model_.config().intermediate_size);
+    const std::vector<float> dense_down = rows.down_t();
+    const MatrixView<float> features = hidden(rows.size());
+    Routing routing;
+    for (std::int64_t round = 0; round < spec_.refit_rounds; ++round) {
+      if (round > 0) {
+        layer.source.hidden_values(tokens.input, hidden(layer.source.ffn.hidden), parallel_);
+        fit_to_rows(rows, tokens, capture, l);
+      }
+      if (shares_.active > 0)
+        routing = route_tokens(tokens.input, capture.router, shares_.active, spec_.gate, parallel_);
+      mask_features(rows, routing, gate_scale(spec_.gate, shares_.active),
+                    hidden(layer.source.ffn.hidden), features, parallel_);
+      if (spec_.refit)
+        rows.set_down_t(repaired_down(dense_down, features, target, tokens.weight, spec_.refit_spec,
+                                      parallel_));
+    }
+    record_load(rows, routing.ids, l);
+    return rows;
+  }
+
+  /// The router, fitted to what the rows' experts give.
+  void fit_to_rows(const BudgetRows& rows, LayerTokens tokens, Capture& capture, std::int64_t l) {
+    const std::vector<float> down_square = rows.down_square();
+    tokens.down_square = down_square;
+    retrain_router(tokens, capture_spec(spec_, shares_, shared_widths_[l], l), capture, parallel_);
   }
 
   Capture split(const LayerTokens& tokens, std::int64_t l) const {
@@ -234,6 +271,7 @@ Conversion convert_to_budget(
   if (spec.router_method == RouterMethod::kLowRank && spec.router_rank > shares.experts)
     fail_argument("convert: a router of rank {} for {} experts; give a rank of at most as many",
                   spec.router_rank, shares.experts);
+  check_refit_rounds(spec, shares);
   if (spec.allocation == Allocation::kKl) check_allocation(shares, calibration);
   Model model = Model::load(source, {.threads = spec.threads});
   if (spec.allocation == Allocation::kKl)

@@ -4,7 +4,7 @@
 
 #include <cmath>
 #include <limits>
-#include <numeric>
+#include <string>
 #include <vector>
 
 #include "budget_layer.h"
@@ -18,6 +18,7 @@ namespace cleave {
 namespace {
 
 using BudgetGate = testing::BudgetTest;
+using BudgetRounds = testing::BudgetTest;
 
 /// A random FFN of 8 shared neurons and 6 experts of 4, the hidden values of some tokens, and what
 /// a router makes of them.
@@ -109,6 +110,46 @@ TEST_F(BudgetGate, TheRefitRepairsUnderSoftmaxWeights) {
   for (std::size_t l = 0; l < plain.layer_error.size(); ++l)
     EXPECT_LT(repaired.layer_error[l], 0.8 * plain.layer_error[l]) << "layer " << l;
   EXPECT_LT(kl_repaired, 0.8 * evaluate_written(plain).kl);
+}
+
+TEST_F(BudgetRounds, ASecondOneFitsRouterAndDownAgainToTheSameExperts) {
+  BudgetSpec spec = budget(0.5);
+  EXPECT_EQ(spec.refit_rounds, 1);
+  const Conversion one = convert_to_budget(source_, spec, calibration_);
+  spec.refit_rounds = 2;
+  const Conversion two = convert_to_budget(source_, spec, calibration_);
+  const MoeLayer &before = one.layers.front(), &after = two.layers.front();
+  EXPECT_EQ(before.experts.neuron_order, after.experts.neuron_order);
+  EXPECT_EQ(before.shared.neuron_order, after.shared.neuron_order);
+  EXPECT_NE(before.router.weight, after.router.weight);
+  EXPECT_NE(before.experts.down_t, after.experts.down_t);
+  for (std::size_t l = 0; l < two.layers.size(); ++l) {
+    EXPECT_LT(two.layer_error[l], 1.1 * one.layer_error[l]) << "layer " << l;
+    EXPECT_LE(two.captured_energy[l], two.oracle_energy[l] + 1e-9) << "layer " << l;
+  }
+}
+
+TEST_F(BudgetRounds, AreRefusedWhereTheyWouldChangeNothing) {
+  const auto refused = [&](const BudgetSpec& spec, const std::string& part) {
+    try {
+      convert_to_budget(source_, spec, calibration_);
+      ADD_FAILURE() << "not refused: " << part;
+    } catch (const InvalidArgument& error) {
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+    }
+  };
+  BudgetSpec spec = budget(0.5);
+  spec.refit_rounds = 0;
+  refused(spec, "0 refit rounds");
+  spec.refit_rounds = 2;
+  spec.refit = false;
+  refused(spec, "nothing is repaired");
+  spec.refit = true;
+  spec.shared_share = 1.0;
+  refused(spec, "nothing is routed");
+  spec.shared_share = 0.5;
+  spec.router_method = RouterMethod::kMeanGate;
+  refused(spec, "does not look at their energies");
 }
 
 }  // namespace

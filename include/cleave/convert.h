@@ -132,6 +132,9 @@ struct BudgetSpec {
   GateMode gate = GateMode::kHard;
   bool refit = true;  ///< of `down`, under the routing that really happens
   RefitSpec refit_spec{};
+  /// How often `down` is refitted: before each time but the first the router is fitted again, to
+  /// the energies that the experts have with the `down` at hand. The split stays.
+  std::int64_t refit_rounds = 1;
   /// Which part of what the layers before have lost `down` is asked to give back: 0: `down` aims at
   /// the dense FFN's output; 1: at the dense model's residual stream after the layer.
   double correction = 0.5;

@@ -251,6 +251,12 @@ void add_convert_command(CLI::App& app) {
                    "With --active-share: on or off; repairs `down` under the routing that happens")
       ->capture_default_str();
   command
+      ->add_option("--refit-rounds", options->refit_rounds,
+                   "How often `down` is refitted, with the router fitted to the repaired experts "
+                   "in between")
+      ->capture_default_str()
+      ->check(CLI::Range(1, 100));
+  command
       ->add_option("--allocation", options->allocation,
                    "With --active-share: uniform, or kl: the always-on neurons divided among the "
                    "layers by the KL that each costs. Three times as long")

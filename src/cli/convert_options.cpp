@@ -141,6 +141,7 @@ BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden) {
         std::floor(options.active_share * static_cast<double>(experts))));
   constexpr std::pair<const char*, bool> kSwitch[] = {{"on", true}, {"off", false}};
   spec.refit = parse_name("--refit", options.refit, kSwitch);
+  spec.refit_rounds = options.refit_rounds;
   spec.refit_spec.penalty = options.penalty;
   spec.correction = options.correction;
   spec.partition = parse_partition(options.partition);
@@ -165,6 +166,7 @@ Json settings_json(const ConvertOptions& options) {
                      {"router", options.router},
                      {"gate", gate_mode_name(parse_gate(options))},
                      {"refit", options.refit},
+                     {"refit_rounds", options.refit_rounds},
                      {"allocation", options.allocation},
                      {"penalty", options.penalty},
                      {"correction", options.correction}});
@@ -220,8 +222,8 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
                     "than that, or a smaller --context",
                     own, options.context));
   if (options.active_share == 0.0) {
-    for (const char* name :
-         {"--shared", "--refit", "--router", "--penalty", "--correction", "--allocation"})
+    for (const char* name : {"--shared", "--refit", "--refit-rounds", "--router", "--penalty",
+                             "--correction", "--allocation"})
       if (given(name))
         throw InvalidArgument(fmt::format(
             "{} belongs to a conversion to a budget; give --active-share as well", name));

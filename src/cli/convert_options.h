@@ -20,6 +20,7 @@ struct ConvertOptions {
   std::string partition = "auto";
   std::string router = "trained";
   std::string refit = "on";
+  std::int64_t refit_rounds = BudgetSpec{}.refit_rounds;
   std::string allocation = "uniform";
   double correction = BudgetSpec{}.correction;
   double penalty = RefitSpec{}.penalty;

@@ -55,6 +55,10 @@ says out.txt '"partition": "cmoe"'
 expect 0 $small --gate softmax
 says out/cleave.json '"gate": "softmax"'
 says out/cleave.json '"router_epsilon": 1.0'
+expect 0 $small --refit-rounds 2 --router ridge
+says out/cleave.json '"refit_rounds": *2'
+expect 2 $small --refit-rounds 2 --refit off
+says err.txt 'nothing is repaired'
 expect 2 $small --gate soft
 says err.txt 'choose one of auto, softmax, hard'
 expect 0 $small --router representative --partition expertweaver
