@@ -111,7 +111,7 @@ Conversion convert(
 /// Under a softmax gate a conversion to a budget gives its routers' logits this standard deviation
 /// over a token's experts: routers fitted to energies know an order of experts, but no scale.
 /// Measured: docs/methods/conversion.md.
-inline constexpr double kSoftmaxGateSpread = 0.125;
+inline constexpr double kSoftmaxGateSpread = 1.0 / 16.0;
 
 /// A conversion to a budget: how much of every FFN runs per token.
 struct BudgetSpec {
