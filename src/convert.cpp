@@ -269,6 +269,10 @@ const char* allocation_name(Allocation allocation) {
   return allocation == Allocation::kKl ? "kl" : "uniform";
 }
 
+const char* calibration_mode_name(CalibrationMode mode) {
+  return mode == CalibrationMode::kParallel ? "parallel" : "sequential";
+}
+
 const char* scale_policy_name(ScalePolicy policy) {
   switch (policy) {
     case ScalePolicy::kFitted:

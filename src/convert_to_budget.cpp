@@ -56,7 +56,7 @@ class BudgetConversion {
         input_(stream_.tokens() * model.config().hidden_size),
         hidden_(stream_.tokens() * width_),
         target_(stream_.tokens() * model.config().hidden_size) {
-    if (spec.correction != 0.0) dense_.emplace(model_, windows);
+    if (!parallel_mode() && spec.correction != 0.0) dense_.emplace(model_, windows);
   }
 
   Conversion run() {
@@ -77,6 +77,8 @@ class BudgetConversion {
   }
 
  private:
+  bool parallel_mode() const { return spec_.calibration_mode == CalibrationMode::kParallel; }
+
   /// H' of a layer: as many neurons as its experts and its shared slice hold.
   std::int64_t layer_size(std::int64_t shared_width) const {
     return shared_width + shares_.experts * spec_.expert_width;
@@ -207,7 +209,8 @@ class BudgetConversion {
     });
   }
 
-  /// The converted layer's output goes into the stream.
+  /// The converted layer's output goes into the stream; in parallel mode the dense one's, which is
+  /// the target.
   void advance(const std::vector<float>& down_bias, MatrixView<const float> features,
                const std::vector<float>& down, MatrixView<const float> target,
                std::span<const float> weight) {
@@ -217,7 +220,7 @@ class BudgetConversion {
     down_product(features, down, {}, out, parallel_);
     conversion_.layer_error.push_back(relative_error(out, target, weight));
     for (std::int64_t t = 0; t < features.rows; ++t) {
-      isa_kernels().add(out.row(t), stream_.rows().row(t), D);
+      isa_kernels().add(parallel_mode() ? target.row(t) : out.row(t), stream_.rows().row(t), D);
       if (!down_bias.empty()) isa_kernels().add(down_bias.data(), stream_.rows().row(t), D);
     }
   }
@@ -239,7 +242,7 @@ class BudgetConversion {
   Model& model_;
   ParallelFor parallel_;
   const TokenWindows& windows_;
-  WindowStream stream_;                // through the converted layers
+  WindowStream stream_;                // through the converted layers; in parallel mode the dense
   std::optional<WindowStream> dense_;  // through the dense model, where the correction needs it
   std::int64_t width_;                 // of the rows of hidden_: the most neurons of a layer
   Buffer input_, hidden_, target_;     // [T, D], [T, width_], [T, D] of the layer at hand

@@ -18,6 +18,7 @@ namespace cleave {
 namespace {
 
 using BudgetGate = testing::BudgetTest;
+using BudgetModes = testing::BudgetTest;
 using BudgetRounds = testing::BudgetTest;
 
 /// A random FFN of 8 shared neurons and 6 experts of 4, the hidden values of some tokens, and what
@@ -110,6 +111,23 @@ TEST_F(BudgetGate, TheRefitRepairsUnderSoftmaxWeights) {
   for (std::size_t l = 0; l < plain.layer_error.size(); ++l)
     EXPECT_LT(repaired.layer_error[l], 0.8 * plain.layer_error[l]) << "layer " << l;
   EXPECT_LT(kl_repaired, 0.8 * evaluate_written(plain).kl);
+}
+
+TEST_F(BudgetModes, ParallelFitsEveryLayerOnTheDenseStream) {
+  BudgetSpec spec = budget(0.5);
+  spec.correction = 0.0;
+  const Conversion sequential = convert_to_budget(source_, spec, calibration_);
+  spec.calibration_mode = CalibrationMode::kParallel;
+  const Conversion parallel = convert_to_budget(source_, spec, calibration_);
+  spec.correction = 0.5;  // of nothing
+  const Conversion corrected = convert_to_budget(source_, spec, calibration_);
+
+  // The first layer sees the embeddings either way, the others another stream.
+  for (std::size_t l = 0; l < parallel.layers.size(); ++l) {
+    const auto &a = sequential.layers[l].experts.down_t, &b = parallel.layers[l].experts.down_t;
+    EXPECT_EQ(a == b, l == 0) << "layer " << l;
+    EXPECT_EQ(b, corrected.layers[l].experts.down_t) << "layer " << l;
+  }
 }
 
 TEST_F(BudgetRounds, ASecondOneFitsRouterAndDownAgainToTheSameExperts) {

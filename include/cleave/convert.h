@@ -46,6 +46,14 @@ enum class Allocation {
 /// "uniform", "kl".
 const char* allocation_name(Allocation allocation);
 
+/// What each layer of a conversion to a budget is fitted on.
+enum class CalibrationMode {
+  kSequential,  ///< what the layers converted before it give: what it will really see
+  kParallel,    ///< what the dense layers before it give
+};
+/// "sequential", "parallel".
+const char* calibration_mode_name(CalibrationMode mode);
+
 /// One way to divide the shared neurons among the layers.
 struct AllocationCandidate {
   std::vector<std::int64_t> shared_widths;  ///< [L], multiples of I; all candidates sum to the same
@@ -136,8 +144,10 @@ struct BudgetSpec {
   /// the energies that the experts have with the `down` at hand. The split stays.
   std::int64_t refit_rounds = 1;
   /// Which part of what the layers before have lost `down` is asked to give back: 0: `down` aims at
-  /// the dense FFN's output; 1: at the dense model's residual stream after the layer.
+  /// the dense FFN's output; 1: at the dense model's residual stream after the layer. Without
+  /// meaning under CalibrationMode::kParallel, where nothing is lost before.
   double correction = 0.5;
+  CalibrationMode calibration_mode = CalibrationMode::kSequential;
   /// Weight of a window's first token against any other in all statistics. It is an attention sink.
   double first_token_weight = 1.0;
   std::uint64_t seed = 0;
@@ -156,9 +166,9 @@ struct BudgetShares {
 BudgetShares divide_budget(std::int64_t hidden, const BudgetSpec& spec);
 
 /// Converts a dense model to a budget, layer by layer: each layer is split, its router fitted and
-/// its `down` repaired on what the converted layers before it give. All layers get the same shapes,
-/// but for the shared slices under Allocation::kKl. Chosen experts weigh 1 on average: exactly with
-/// GateMode::kHard (scale 1), with kSoftmax and scale K.
+/// its `down` repaired on what the converted layers before it give (CalibrationMode). All layers
+/// get the same shapes, but for the shared slices under Allocation::kKl. Chosen experts weigh 1 on
+/// average: exactly with GateMode::kHard (scale 1), with kSoftmax and scale K.
 ///
 /// Holds the residual stream of all calibration tokens and one layer's hidden values:
 /// T * (5 D + H) floats, T * (4 D + H) without the correction.

@@ -23,9 +23,7 @@ struct CalibrateOptions {
 std::vector<CalibrationText> load_texts(const CalibrateOptions& options,
                                         const Tokenizer& tokenizer) {
   const auto count = static_cast<std::int64_t>(options.text.size());
-  if (!options.text_weights.empty() && options.text_weights.size() != options.text.size())
-    throw InvalidArgument(fmt::format("--text-weights: {} weights for {} texts; give one for each",
-                                      options.text_weights.size(), count));
+  check_text_weights("--text-weights", options.text_weights, options.text.size());
   const std::int64_t share = options.calibration_tokens / count;
   if (options.calibration_tokens > 0 && share < options.context)
     throw InvalidArgument(fmt::format(
@@ -113,10 +111,8 @@ void add_calibrate_command(CLI::App& app) {
   command->add_option("MODEL", options->model, "Dense model: directory or GGUF file")->required();
   command->add_option("OUT", options->out, "File to write")->required();
   command->add_option("--text", options->text, "Text file(s), UTF-8")->required();
-  command
-      ->add_option("--text-weights", options->text_weights,
-                   "How much a token of each text counts; without: all the same")
-      ->check(CLI::PositiveNumber);
+  add_text_weights_option(*command, "--text-weights", options->text_weights,
+                          "How much a token of each text counts; without: all the same");
   command
       ->add_option("--calibration-tokens", options->calibration_tokens,
                    "Use at most N tokens, an equal share of each text; 0: all")

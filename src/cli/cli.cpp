@@ -111,6 +111,18 @@ TokenWindows load_windows(const Tokenizer& tokenizer, const std::vector<std::str
   return make_windows(tokenizer.encode(text), context, limit_tokens, names);
 }
 
+void add_text_weights_option(CLI::App& command, const std::string& name,
+                             std::vector<double>& weights, const std::string& description) {
+  command.add_option(name, weights, description)->delimiter(',')->check(CLI::PositiveNumber);
+}
+
+void check_text_weights(const std::string& name, const std::vector<double>& weights,
+                        std::size_t texts) {
+  if (!weights.empty() && weights.size() != texts)
+    throw InvalidArgument(
+        fmt::format("{}: {} weights for {} texts; give one for each", name, weights.size(), texts));
+}
+
 std::optional<DType> parse_dtype(const std::string& value) {
   if (value == "auto") return std::nullopt;
   constexpr std::pair<const char*, DType> kNames[] = {

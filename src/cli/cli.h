@@ -63,6 +63,13 @@ void print_result(const CommonOptions& common, const Json& result, const std::st
 TokenWindows load_windows(const Tokenizer& tokenizer, const std::vector<std::string>& files,
                           std::int64_t context, std::int64_t limit_tokens);
 
+/// Adds an option NAME W W ... (or W,W,...) of one positive weight for each text.
+void add_text_weights_option(CLI::App& command, const std::string& name,
+                             std::vector<double>& weights, const std::string& description);
+/// @throws InvalidArgument  there are weights, but not one for each text
+void check_text_weights(const std::string& name, const std::vector<double>& weights,
+                        std::size_t texts);
+
 /// Parses a name out of `names` for an option's value. @throws InvalidArgument  lists the choices
 template <typename T, std::size_t N>
 T parse_name(const std::string& option, const std::string& value,

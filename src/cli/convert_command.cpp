@@ -37,14 +37,19 @@ Conversion run_conversion(const Checkpoint& source, const ConvertOptions& option
     progress.update(fmt::format("{} {}/{}", what, done, all), done == all);
   };
   // What can be refused is refused before the text is read.
+  std::vector<std::string> notices;
+  Conversion conversion;
   if (options.active_share > 0.0) {
     const BudgetSpec budget = make_budget(options, source.config().intermediate_size);
-    text = calibration_text(source, options, progress);
-    return convert_to_budget(source, budget, *text, report);
+    text = calibration_text(source, options, progress, notices);
+    conversion = convert_to_budget(source, budget, *text, report);
+  } else {
+    const ConvertSpec spec = make_spec(options);
+    if (is_calibrated(options)) text = calibration_text(source, options, progress, notices);
+    conversion = convert(source, spec, text ? &*text : nullptr, report);
   }
-  const ConvertSpec spec = make_spec(options);
-  if (is_calibrated(options)) text = calibration_text(source, options, progress);
-  return convert(source, spec, text ? &*text : nullptr, report);
+  conversion.notices.insert(conversion.notices.begin(), notices.begin(), notices.end());
+  return conversion;
 }
 
 /// "72 experts of 16 neurons, 24 active per token, 384 always on; router: trained".
@@ -270,6 +275,11 @@ void add_convert_command(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1.0));
   command
+      ->add_option("--calibration-mode", options->calibration_mode,
+                   "With --active-share: sequential (each layer is fitted on what the converted "
+                   "layers before it give) or parallel (on what the dense ones give)")
+      ->capture_default_str();
+  command
       ->add_option("--gate", options->gate,
                    "Expert weights: softmax (over the selected) or hard (the same for each). auto: "
                    "softmax; with --active-share hard")
@@ -282,6 +292,9 @@ void add_convert_command(CLI::App& app) {
   command->add_option("--calibration", options->calibration,
                       "Text file(s) to fit the routers on, equal parts of each with "
                       "--active-share; without: random routers, to be trained");
+  add_text_weights_option(*command, "--calibration-weights", options->calibration_weights,
+                          "With --active-share: the parts of --calibration-tokens that the texts "
+                          "get, 3,1 say; without: equal");
   command
       ->add_option("--calibration-tokens", options->calibration_tokens,
                    "Use at most N tokens of it; 0: all. Default 16384, with --active-share 32768")

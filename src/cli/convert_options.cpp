@@ -4,6 +4,7 @@
 
 #include <charconv>
 #include <cmath>
+#include <numeric>
 
 #include "cleave/self_text.h"
 #include "cli/report_command.h"
@@ -69,25 +70,46 @@ void check_allocation(const BudgetSpec& spec, std::int64_t hidden) {
         shares.shared == 0 ? "none do" : "all that run do"));
 }
 
-TokenWindows text_of_files(const Checkpoint& source, const ConvertOptions& options) {
+/// Whole windows of each file: of --calibration-tokens as much as its weight says; 0: all it has.
+std::vector<std::int64_t> window_shares(const ConvertOptions& options) {
+  std::vector<double> weights = options.calibration_weights;
+  if (weights.empty()) weights.assign(options.calibration.size(), 1.0);
+  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
+  const auto windows = static_cast<double>(options.calibration_tokens / options.context);
+  std::vector<std::int64_t> shares;
+  double before = 0.0;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const double after = before + weights[i];
+    shares.push_back(static_cast<std::int64_t>(std::floor(windows * after / total)) -
+                     static_cast<std::int64_t>(std::floor(windows * before / total)));
+    before = after;
+    if (options.calibration_tokens > 0 && shares.back() == 0)
+      throw InvalidArgument(fmt::format(
+          "--calibration-tokens: {} are fewer than one window of {} for each of {} files: {} gets "
+          "none",
+          options.calibration_tokens, options.context, weights.size(), options.calibration[i]));
+  }
+  return shares;
+}
+
+TokenWindows text_of_files(const Checkpoint& source, const ConvertOptions& options,
+                           std::vector<std::string>& notices) {
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(source);
   if (options.active_share == 0.0)
     return load_windows(tokenizer, options.calibration, options.context,
                         options.calibration_tokens);
-  const auto files = static_cast<std::int64_t>(options.calibration.size());
+  const std::vector<std::int64_t> shares = window_shares(options);
   TokenWindows all;
   all.context = options.context;
-  for (std::int64_t i = 0; i < files; ++i) {
-    const std::int64_t windows = options.calibration_tokens / options.context;
-    const std::int64_t share = (windows * (i + 1)) / files - (windows * i) / files;
-    if (options.calibration_tokens > 0 && share == 0)
-      throw InvalidArgument(fmt::format(
-          "--calibration-tokens: {} are fewer than one window of {} for each of {} files",
-          options.calibration_tokens, options.context, files));
-    TokenWindows part = load_windows(tokenizer, {options.calibration[static_cast<std::size_t>(i)]},
-                                     options.context, share * options.context);
+  for (std::size_t i = 0; i < shares.size(); ++i) {
+    const std::int64_t limit = shares[i] * options.context;
+    TokenWindows part = load_windows(tokenizer, {options.calibration[i]}, options.context, limit);
     part.tokens.resize(static_cast<std::size_t>(part.count() * part.context));
     all.tokens.insert(all.tokens.end(), part.tokens.begin(), part.tokens.end());
+    if (part.count() < shares[i])
+      notices.push_back(fmt::format("{} has {} windows of {} tokens, fewer than its share of {}",
+                                    options.calibration[i], part.count(), options.context,
+                                    shares[i]));
   }
   return all;
 }
@@ -144,6 +166,9 @@ BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden) {
   spec.refit_rounds = options.refit_rounds;
   spec.refit_spec.penalty = options.penalty;
   spec.correction = options.correction;
+  constexpr std::pair<const char*, CalibrationMode> kModes[] = {
+      {"sequential", CalibrationMode::kSequential}, {"parallel", CalibrationMode::kParallel}};
+  spec.calibration_mode = parse_name("--calibration-mode", options.calibration_mode, kModes);
   spec.partition = parse_partition(options.partition);
   parse_router(options.router, spec);
   spec.gate = parse_gate(options);
@@ -159,17 +184,20 @@ BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden) {
 Json settings_json(const ConvertOptions& options) {
   Json settings = {{"command", "convert"}};
   if (options.active_share > 0.0)
-    settings.update({{"active_share", options.active_share},
-                     {"experts", options.experts},
-                     {"shared", options.shared},
-                     {"partition", options.partition == "auto" ? "captured" : options.partition},
-                     {"router", options.router},
-                     {"gate", gate_mode_name(parse_gate(options))},
-                     {"refit", options.refit},
-                     {"refit_rounds", options.refit_rounds},
-                     {"allocation", options.allocation},
-                     {"penalty", options.penalty},
-                     {"correction", options.correction}});
+    settings.update(
+        {{"active_share", options.active_share},
+         {"experts", options.experts},
+         {"shared", options.shared},
+         {"partition", options.partition == "auto" ? "captured" : options.partition},
+         {"router", options.router},
+         {"gate", gate_mode_name(parse_gate(options))},
+         {"refit", options.refit},
+         {"refit_rounds", options.refit_rounds},
+         {"allocation", options.allocation},
+         {"penalty", options.penalty},
+         {"correction", options.calibration_mode == "parallel" ? 0.0 : options.correction},
+         {"calibration_mode", options.calibration_mode},
+         {"calibration_weights", options.calibration_weights}});
   else
     settings.update({{"experts", parse_count("--experts", options.experts, 8)},
                      {"active", options.active},
@@ -194,10 +222,10 @@ bool is_calibrated(const ConvertOptions& options) {
 }
 
 TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options,
-                              Progress& progress) {
+                              Progress& progress, std::vector<std::string>& notices) {
   TokenWindows text;
   text.context = options.context;
-  if (!options.calibration.empty()) text = text_of_files(source, options);
+  if (!options.calibration.empty()) text = text_of_files(source, options, notices);
   const std::int64_t windows = self_calibration_tokens(options) / options.context;
   if (windows == 0) return text;
   // Half the memory to read for each token, and text is drawn from what rounding hardly moves.
@@ -222,8 +250,9 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
                     "than that, or a smaller --context",
                     own, options.context));
   if (options.active_share == 0.0) {
-    for (const char* name : {"--shared", "--refit", "--refit-rounds", "--router", "--penalty",
-                             "--correction", "--allocation"})
+    for (const char* name :
+         {"--shared", "--refit", "--refit-rounds", "--router", "--penalty", "--correction",
+          "--allocation", "--calibration-mode", "--calibration-weights"})
       if (given(name))
         throw InvalidArgument(fmt::format(
             "{} belongs to a conversion to a budget; give --active-share as well", name));
@@ -233,6 +262,17 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
     if (given(name))
       throw InvalidArgument(fmt::format(
           "{} and --active-share exclude each other: a budget decides it by itself", name));
+  check_text_weights("--calibration-weights", options.calibration_weights,
+                     options.calibration.size());
+  if (!options.calibration_weights.empty() && options.calibration_tokens == 0)
+    throw InvalidArgument(
+        "--calibration-weights divide --calibration-tokens among the texts, and 0 takes all of "
+        "each; "
+        "give a number of tokens, or no weights");
+  if (given("--correction") && options.calibration_mode == "parallel")
+    throw InvalidArgument(
+        "--correction gives back what earlier layers lost, and with --calibration-mode parallel a "
+        "layer does not see it; leave one out");
   if (!is_calibrated(options))
     throw InvalidArgument(
         "--active-share needs a text to learn from; give --calibration FILE, or --self-calibration "

@@ -22,12 +22,14 @@ struct ConvertOptions {
   std::string refit = "on";
   std::int64_t refit_rounds = BudgetSpec{}.refit_rounds;
   std::string allocation = "uniform";
+  std::string calibration_mode = "sequential";
   double correction = BudgetSpec{}.correction;
   double penalty = RefitSpec{}.penalty;
   std::string gate = "auto";
   std::string scale = "fitted";
   std::vector<std::string> calibration;
-  std::int64_t calibration_tokens = 0;  // 0: as the mode likes it
+  std::vector<double> calibration_weights;  // one for each; empty: equal
+  std::int64_t calibration_tokens = 0;      // 0: as the mode likes it
   std::string self_calibration = "auto";
   std::int64_t context = 0;
   std::string dtype = "auto";
@@ -49,10 +51,11 @@ BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden);
 /// What cleave.json records.
 Json settings_json(const ConvertOptions& options);
 
-/// The calibration text. For a budget equal parts of every file, so that a long one does not push
-/// out the others. What the model writes itself follows.
+/// The calibration text. For a budget equal parts of every file, or as --calibration-weights say,
+/// so that a long one does not push out the others. What the model writes itself follows.
+/// @param notices  receives what a user should know
 TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options,
-                              Progress& progress);
+                              Progress& progress, std::vector<std::string>& notices);
 /// Tokens that the model writes itself: as asked for, or all where a budget has no other text.
 std::int64_t self_calibration_tokens(const ConvertOptions& options);
 /// Whether there is any calibration text.

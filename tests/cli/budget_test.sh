@@ -59,10 +59,41 @@ expect 0 $small --refit-rounds 2 --router ridge
 says out/cleave.json '"refit_rounds": *2'
 expect 2 $small --refit-rounds 2 --refit off
 says err.txt 'nothing is repaired'
+expect 0 $small --penalty 1 --correction 0 --router ridge
+says out/cleave.json '"correction":0.0'
+says out/cleave.json '"penalty":1.0'
+expect 0 $small --calibration-mode parallel --router ridge
+says out/cleave.json '"calibration_mode":"parallel"'
+expect 2 $small --calibration-mode parallel --correction 0.5
+says err.txt 'leave one out'
+expect 2 $small --calibration-mode both
+says err.txt 'choose one of sequential, parallel'
 expect 2 $small --gate soft
 says err.txt 'choose one of auto, softmax, hard'
 expect 0 $small --router representative --partition expertweaver
 says out.txt '"router": "representative"'
+
+# Several texts: equal parts, or as their weights say; a short one gives what it has, and that is told.
+head -c 40000 "$text" >long.txt
+head -c 1500 "$text" >tiny.txt
+two="$cleave convert $source out --overwrite --calibration long.txt tiny.txt --calibration-tokens 2048 --context 256
+  --self-calibration 0 --active-share 0.5 --router ridge"
+expect 0 $two
+says err.txt 'tiny.txt has [123] windows of 256 tokens, fewer than its share of 4'
+expect 0 $two --calibration-weights 7,1 --json
+says out.txt '"calibration_tokens": 2048'
+says out/cleave.json '"calibration_weights":\[7.0,1.0\]'
+expect 2 $two --calibration-weights 7
+says err.txt '1 weights for 2 texts'
+expect 2 $two --calibration-weights 7,-1
+says err.txt '--calibration-weights'
+expect 2 $two --calibration-weights 1,99
+says err.txt 'long.txt gets none'
+expect 2 $cleave convert "$source" out --overwrite --calibration long.txt short.txt --calibration-tokens 0 --active-share 0.5 \
+  --calibration-weights 7,1
+says err.txt '0 takes all of each'
+expect 2 $cleave convert "$source" out --overwrite --calibration long.txt --calibration-weights 1
+says err.txt 'give --active-share as well'
 
 # Text that the model writes itself: beside the one given, and where none is.
 expect 0 $convert --active-share 0.5 --self-calibration 600
