@@ -97,7 +97,9 @@ std::vector<float> RidgeRefit::solve(MatrixView<const float> prior, const RefitS
     fail_argument("RidgeRefit::solve: the prior is [{}, {}]; expected [{}, {}]", prior.rows,
                   prior.cols, F, D);
   if (!(spec.penalty > 0.0))
-    fail_argument("RidgeRefit::solve: penalty {}; must be above 0", spec.penalty);
+    fail_argument(
+        "RidgeRefit::solve: penalty {}; must be above 0, for features may be equal or never run",
+        spec.penalty);
   double mean = 0.0;
   for (std::int64_t j = 0; j < F; ++j) mean += gram_[j * F + j];
   mean = mean > 0.0 ? mean / static_cast<double>(F) : 1.0;

@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <Eigen/Dense>
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <string>
 
 #include "cleave/error.h"
 #include "support/random_ffn.h"
@@ -109,7 +111,26 @@ TEST(RidgeRefit, SingularGramIsSolved) {
   for (int t = 0; t < p.T; ++t) p.x[t * p.F + 1] = p.x[t * p.F];  // two equal features
   RidgeRefit fit(p.F, p.D);
   fit.observe(p.features(), p.target(), {}, {});
-  for (const float w : fit.solve({}, {.penalty = 1e-4}, {})) EXPECT_TRUE(std::isfinite(w));
+  const auto solved = fit.solve({}, {.penalty = 1e-4}, {});
+  // The penalty is what tells them apart, and it favours neither; sums in float are the error.
+  double largest = 0.0;
+  for (const float w : solved) largest = std::max(largest, std::abs(static_cast<double>(w)));
+  for (int d = 0; d < p.D; ++d) EXPECT_NEAR(solved[d], solved[p.D + d], 1e-3 * largest);
+  // Together they do what one of them would do alone, but for the penalty.
+  RidgeRefit alone(p.F - 1, p.D);
+  std::vector<float> rest;
+  for (int t = 0; t < p.T; ++t)
+    rest.insert(rest.end(), p.x.begin() + t * p.F + 1, p.x.begin() + (t + 1) * p.F);
+  alone.observe({rest.data(), p.T, p.F - 1}, p.target(), {}, {});
+  const auto one = alone.solve({}, {.penalty = 1e-4}, {});
+  for (int d = 0; d < p.D; ++d) EXPECT_NEAR(solved[d] + solved[p.D + d], one[d], 1e-2 * largest);
+  try {
+    fit.solve({}, {.penalty = 0.0}, {});
+    ADD_FAILURE() << "a singular matrix without a penalty was solved";
+  } catch (const InvalidArgument& error) {
+    EXPECT_NE(std::string(error.what()).find("penalty 0; must be above 0"), std::string::npos)
+        << error.what();
+  }
 }
 
 TEST(RidgeRefit, RefusesBadInput) {
