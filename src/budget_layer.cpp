@@ -61,14 +61,17 @@ BudgetShares divide_budget(std::int64_t hidden, const BudgetSpec& spec) {
         spec.active_share, spec.shared_share);
   if (I < 1 || H % I != 0)
     fail_argument("convert: experts of {} neurons do not divide H = {}; give a divisor", I, H);
+  const auto all = static_cast<double>(H / I);
   const auto units = [&](double share) {
-    return static_cast<std::int64_t>(std::llround(share * static_cast<double>(H / I)));
+    return static_cast<std::int64_t>(std::llround(share * all));
   };
+  if (spec.active_share * all < 1.0 - 1e-9)
+    fail_argument(
+        "convert: an active share of {} is {:.3g} of H = {} neurons, less than one expert of {}; "
+        "give at least {:.6g}, or narrower experts",
+        spec.active_share, spec.active_share * static_cast<double>(H), H, I, 1.0 / all);
   BudgetShares shares;
   const std::int64_t budget = units(spec.active_share);
-  if (budget < 1)
-    fail_argument("convert: an active share of {} is less than one expert of {} among H = {}",
-                  spec.active_share, I, H);
   const std::int64_t shared = units(spec.active_share * spec.shared_share);
   shares.shared = shared * I;
   shares.experts = H / I - shared;

@@ -141,6 +141,19 @@ void make_relative(MatrixView<float> norms) {
   }
 }
 
+/// @param what    the values are    first  position in the window of the first row
+void check_finite(MatrixView<const float> values, const char* what, std::int64_t layer,
+                  std::int64_t window, std::int64_t first) {
+  for (std::int64_t t = 0; t < values.rows; ++t)
+    for (std::int64_t c = 0; c < values.cols; ++c)
+      if (!std::isfinite(values(t, c)))
+        throw InvalidArgument(
+            fmt::format("convert: layer {}: {} is {} at token {} of calibration window {}; is the "
+                        "model broken, "
+                        "or in a type too small for it?",
+                        layer, what, values(t, c), first + t, window));
+}
+
 /// Runs the calibration windows through the dense model and collects what the FFNs see. The first
 /// token of a window is left out: it is an attention sink whose size drowns all others.
 std::vector<LayerStatistics> observe_calibration(Model& model, const std::vector<MoeLayer>& layers,
@@ -153,23 +166,26 @@ std::vector<LayerStatistics> observe_calibration(Model& model, const std::vector
     statistics.push_back({RouterFit(D, layer.experts.num_experts()), {}, 0});
 
   std::vector<float> buffer;
+  std::int64_t window = 0;
   ForwardHooks hooks;
   hooks.ffn_input = [&](std::int64_t l, MatrixView<const float> all) {
+    check_finite(all, "the input of the FFN", l, window, 0);
     const auto input = all.slice_rows(1, all.rows - 1);
     const ExpertBank& bank = layers[l].experts;
     buffer.resize(static_cast<std::size_t>(input.rows * bank.num_experts()));
     const MatrixView<float> norms(buffer.data(), input.rows, bank.num_experts());
     expert_output_norms(bank, input, norms, model.parallel());
+    check_finite(norms, "an expert's output norm", l, window, 1);
     make_relative(norms);
     statistics[l].fit.observe(input, norms);
     statistics[l].sample_from(input, expected);
   };
   KvCache cache(model.config(), windows.context);
   std::vector<float> hidden(static_cast<std::size_t>(windows.context * D));
-  for (std::int64_t w = 0; w < windows.count(); ++w) {
+  for (; window < windows.count(); ++window) {
     cache.clear();
-    model.forward(windows.window(w), cache, {hidden.data(), windows.context, D}, hooks);
-    if (progress) progress("calibrate", w + 1, windows.count());
+    model.forward(windows.window(window), cache, {hidden.data(), windows.context, D}, hooks);
+    if (progress) progress("calibrate", window + 1, windows.count());
   }
   return statistics;
 }
@@ -228,6 +244,7 @@ nlohmann::json settings_of(const std::string& spec_json, const Conversion& conve
   for (const MoeLayer& layer : conversion.layers) scales.push_back(folded_scale(layer));
   settings["layer_folded_scale"] = scales;
   if (!conversion.layer_error.empty()) settings["layer_error"] = conversion.layer_error;
+  if (!conversion.notices.empty()) settings["notices"] = conversion.notices;
   if (conversion.allocation)
     settings["allocation_choice"] = allocation_json(*conversion.allocation);
   return settings;

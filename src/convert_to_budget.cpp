@@ -5,6 +5,7 @@
 
 #include "allocate_budget.h"
 #include "budget_layer.h"
+#include "budget_notices.h"
 #include "cleave/convert.h"
 #include "cleave/model.h"
 #include "fail.h"
@@ -14,13 +15,6 @@
 
 namespace cleave {
 namespace {
-
-/// Whether an expert is more than padding.
-bool has_neuron(const ExpertBank& bank, std::int64_t expert) {
-  const auto row = bank.neuron_order.begin();
-  return std::any_of(row + bank.begin[expert], row + bank.begin[expert + 1],
-                     [](std::int32_t j) { return j != ExpertBank::kPadding; });
-}
 
 void check_refit_rounds(const BudgetSpec& spec, const BudgetShares& shares) {
   if (spec.refit_rounds < 1)
@@ -73,6 +67,7 @@ class BudgetConversion {
       convert_layer(l);
       if (progress_) progress_("convert", l + 1, layers);
     }
+    add_notices();
     return std::move(conversion_);
   }
 
@@ -139,7 +134,7 @@ class BudgetConversion {
         rows.set_down_t(repaired_down(dense_down, features, target, tokens.weight, spec_.refit_spec,
                                       parallel_));
     }
-    record_load(rows, routing.ids, l);
+    record_load(rows, routing, l);
     return rows;
   }
 
@@ -173,27 +168,28 @@ class BudgetConversion {
     for (std::int64_t t = 0; t < T; ++t) isa_kernels().add(y.row(t), dense_->rows().row(t), D);
   }
 
-  /// How often each expert was chosen, and whether the text is enough for what is to be fitted.
-  void record_load(const BudgetRows& rows, const std::vector<std::int32_t>& ids,
-                   std::int64_t layer) {
-    const std::int64_t T = stream_.tokens(), unknowns = rows.size();
-    if (spec_.refit && layer == 0 && T < 4 * unknowns)
-      conversion_.notices.push_back(fmt::format(
-          "the calibration text has {} tokens for the {} unknowns that every layer fits an output; "
-          "the ridge penalty keeps `down` near the dense weights; more text would repair more",
-          T, unknowns));
-    if (ids.empty()) return;
-    std::vector<double> load(static_cast<std::size_t>(shares_.experts), 0.0);
-    for (const std::int32_t id : ids) load[id] += 1.0 / static_cast<double>(T);
-    std::int64_t unused = 0;
-    for (std::int64_t e = 0; e < shares_.experts; ++e)
-      unused += load[e] == 0.0 && has_neuron(rows.experts, e) ? 1 : 0;
-    if (unused > 0)
-      conversion_.notices.push_back(fmt::format(
-          "layer {}: no calibration token chose {} of the {} experts; their weights stay as they "
-          "were",
-          layer, unused, shares_.experts));
+  /// How often each expert was chosen, and how much text there was for what is fitted.
+  void record_load(const BudgetRows& rows, const Routing& routing, std::int64_t layer) {
+    if (spec_.refit) fits_.push_back(fit_text(rows, routing, stream_.tokens(), layer));
+    if (routing.ids.empty()) return;
+    std::vector<double> load = expert_loads(routing, shares_.experts);
+    if (const auto notice = unused_notice(rows, load, layer))
+      conversion_.notices.push_back(*notice);
     conversion_.expert_load.push_back(std::move(load));
+  }
+
+  /// What is to be said before what single layers had to say.
+  void add_notices() {
+    std::vector<std::string>& notices = conversion_.notices;
+    if (const auto notice = text_notice(fits_)) notices.insert(notices.begin(), *notice);
+    if (shares_.active == 0 && spec_.shared_share < 1.0)
+      notices.insert(
+          notices.begin(),
+          fmt::format(
+              "nothing is routed: of a budget of {} neurons in experts of {}, a shared part "
+              "of {:.3g} is rounded to all; this is static pruning; share none of them, or "
+              "give a larger budget or narrower experts",
+              shares_.shared, spec_.expert_width, spec_.shared_share));
   }
 
   /// target += correction * (dense stream - what the converted one would be without any loss here).
@@ -246,6 +242,7 @@ class BudgetConversion {
   std::optional<WindowStream> dense_;  // through the dense model, where the correction needs it
   std::int64_t width_;                 // of the rows of hidden_: the most neurons of a layer
   Buffer input_, hidden_, target_;     // [T, D], [T, width_], [T, D] of the layer at hand
+  std::vector<FitText> fits_;          // of the layers so far
   Conversion conversion_;
 };
 

@@ -146,6 +146,7 @@ std::string report_json(const ConversionReport& report) {
        "disjoint windows, no BOS, every token but a window's first is predicted; KL(dense || row) "
        "in nats; rho: share of the FFN's neurons that runs per token; baselines are fitted on the "
        "dense model's stream"},
+      {"notices", report.notices},
       {"rho", report.rho},
       {"seed", report.seed},
       {"calibration", {{"text", report.calibration}, {"tokens", report.calibration_tokens}}},

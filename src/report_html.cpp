@@ -217,6 +217,10 @@ std::string facts(const ConversionReport& report) {
 }  // namespace
 
 std::string report_html(const ConversionReport& report) {
+  std::string notices;
+  for (const std::string& notice : report.notices)
+    notices +=
+        fmt::format("<p class=\"soft\">Notice of the conversion: {}</p>\n", escape_markup(notice));
   std::string texts;
   for (const TextReport& text : report.texts)
     texts += fmt::format(
@@ -231,10 +235,10 @@ std::string report_html(const ConversionReport& report) {
       "<p class=\"soft\">Made of {3} by cleave {4}; {5} of the FFN's neurons run per token. "
       "Disjoint windows, no BOS, every token but a window's first is predicted; KL(dense || row) "
       "in "
-      "nats.</p>\n{6}{7}{8}</body></html>\n",
+      "nats.</p>\n{6}{7}{8}{9}</body></html>\n",
       escape_markup(report.model), kStyle, escape_markup(verdict(report)),
       escape_markup(report.dense), escape_markup(report.tool_version), share_percent(report.rho),
-      texts, routers_part(report) + layers_part(report), facts(report));
+      notices, texts, routers_part(report) + layers_part(report), facts(report));
 }
 
 }  // namespace cleave

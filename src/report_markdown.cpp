@@ -19,6 +19,12 @@ std::string cell(std::string text) {
   return result;
 }
 
+std::string notice_list(const ConversionReport& report) {
+  std::string out;
+  for (const std::string& notice : report.notices) out += fmt::format("- {}\n", cell(notice));
+  return out.empty() ? out : "Notices of the conversion:\n\n" + out + "\n";
+}
+
 std::string quality_table(const TextReport& text) {
   std::string out = fmt::format(
       "## {}\n\n{} windows of {} tokens.\n\n"
@@ -87,6 +93,7 @@ std::string report_markdown(const ConversionReport& report) {
       report.calibration_tokens, report.calibration.empty() ? "no text" : cell(report.calibration),
       report.seed, report.dense_macs_per_token, report.macs_per_token,
       report.dense_ffn_macs_per_token, report.ffn_macs_per_token, report.router_macs_per_token);
+  out += notice_list(report);
   for (const TextReport& text : report.texts) out += quality_table(text);
   out += router_table(report) + layer_table(report);
   if (!report.timings_s.empty()) out += "## Time\n\n| what | seconds |\n|---|---|\n";

@@ -41,9 +41,10 @@ TEST_F(Budget, MoreNeuronsAreBetterAndAllAreTheDenseModel) {
 
 TEST_F(Budget, WithoutSharedExpertsItIsMixtral) {
   BudgetSpec spec = budget(0.5);
+  const double with_shared = kl(spec);
   spec.shared_share = 0.0;
   const Conversion conversion = convert_to_budget(source_, spec, calibration_);
-  EXPECT_GT(evaluate_written(conversion).kl, 0.0);
+  EXPECT_LT(evaluate_written(conversion).kl, 1.4 * with_shared);  // 1.19 when this was written
   const ModelConfig config = Checkpoint::open(dir_.path() / "out").config();
   EXPECT_EQ(config.family, Family::kMixtral);
   EXPECT_EQ(config.num_experts, 32);
@@ -176,64 +177,6 @@ TEST_F(Budget, TheCorrectionAimsAtTheDenseStream) {
   EXPECT_GT(wrong_way, 1.1 * none);
 }
 
-/// A neuron whose gate is closed for the first tokens of a text and wide open for a later one, and
-/// that token.
-struct LateNeuron {
-  std::int64_t neuron = -1, token = 0;
-};
-LateNeuron late_neuron(const DenseFfn& ffn, MatrixView<const float> x) {
-  for (std::int64_t j = 0; j < ffn.hidden; ++j)
-    for (std::int64_t t = 0; t < x.rows; ++t) {
-      double gate = 0.0, up = 0.0;
-      for (std::int64_t d = 0; d < ffn.d_model; ++d) {
-        gate += ffn.gate[j * ffn.d_model + d] * x(t, d);
-        up += ffn.up[j * ffn.d_model + d] * x(t, d);
-      }
-      if (gate < -0.2) continue;
-      if (t > 2 && gate > 0.2 && std::abs(up) > 0.05) return {j, t};
-      break;
-    }
-  return {};
-}
-
-TEST_F(Budget, NamesLayerAndTokenOfWhatIsNotFinite) {
-  Model dense = Model::load(source_);
-  std::vector<DenseFfn> ffns;
-  for (std::int64_t l = 0; l < dense.config().num_layers; ++l) ffns.push_back(dense.dense_ffn(l));
-  LateNeuron late;
-  KvCache cache(dense.config(), kContext);
-  std::vector<float> hidden(static_cast<std::size_t>(kContext * dense.config().hidden_size));
-  ForwardHooks hooks;
-  hooks.ffn_input = [&](std::int64_t layer, MatrixView<const float> x) {
-    if (layer == 1) late = late_neuron(ffns[1], x);
-  };
-  dense.forward(calibration_.window(0), cache,
-                {hidden.data(), kContext, dense.config().hidden_size}, hooks);
-  ASSERT_GE(late.neuron, 0);
-  const std::int64_t D = dense.config().hidden_size;
-  for (std::int64_t d = 0; d < D; ++d) {
-    ffns[1].gate[late.neuron * D + d] *= 1e22f;  // open: 1e44, more than a float holds
-    ffns[1].up[late.neuron * D + d] *= 1e22f;
-  }
-  Provenance provenance;
-  for (const DenseFfn& ffn : ffns) {
-    provenance.neuron_order.emplace_back(static_cast<std::size_t>(ffn.hidden));
-    for (std::int64_t j = 0; j < ffn.hidden; ++j)
-      provenance.neuron_order.back()[static_cast<std::size_t>(j)] = static_cast<std::int32_t>(j);
-  }
-  write_llama_dense(dir_.path() / "broken", source_, ffns, provenance, {.dtype = DType::kF32});
-  const Checkpoint broken = Checkpoint::open(dir_.path() / "broken");
-  try {
-    convert_to_budget(broken, budget(1.0), calibration_);  // so that layer 0 stays what it is
-    ADD_FAILURE() << "infinite activations were taken";
-  } catch (const InvalidArgument& error) {
-    const std::string message = error.what(), token = std::to_string(late.token);
-    EXPECT_NE(message.find("layer 1:"), std::string::npos) << message;
-    EXPECT_NE(message.find("at token " + token + " of calibration window 0"), std::string::npos)
-        << message << "; expected token " << token;
-  }
-}
-
 TEST_F(Budget, RoutersAreAsGoodAsWhatTheyLearnFrom) {
   calibration_.tokens.resize(4 * kContext);
   const auto energy = [&](RouterMethod method, std::int64_t rank = 0) {
@@ -301,31 +244,6 @@ TEST(DivideBudget, EveryNeuronIsSharedOrInAnExpertAndTheBudgetRuns) {
         EXPECT_LE(parts.active, parts.experts);
         EXPECT_EQ(parts.active == 0, shared == 1.0);
       }
-}
-
-TEST_F(Budget, RefusesWhatMakesNoSense) {
-  const auto refused = [&](const BudgetSpec& spec, const std::string& part) {
-    try {
-      convert_to_budget(source_, spec, calibration_);
-      ADD_FAILURE() << "not refused: " << part;
-    } catch (const InvalidArgument& error) {
-      EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-    }
-  };
-  refused(budget(0.01), "less than one expert");
-  refused(budget(1.5), "active share 1.5");
-  BudgetSpec spec = budget(0.5);
-  spec.expert_width = 48;
-  refused(spec, "do not divide H = 512");
-  spec = budget(0.5);
-  spec.shared_share = -0.1;
-  refused(spec, "shared");
-  spec = budget(0.5);
-  spec.router_method = RouterMethod::kLowRank;
-  spec.router_rank = 25;
-  refused(spec, "rank 25 for 24 experts");
-  calibration_.tokens.resize(100);
-  refused(budget(0.5), "window");
 }
 
 }  // namespace

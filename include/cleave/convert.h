@@ -93,8 +93,8 @@ struct Conversion {
   std::vector<double> router_recall;    ///< share of those K that the router chooses
   std::vector<std::vector<double>> expert_load;  ///< [L][E], share of the tokens that chose it
   std::optional<AllocationChoice> allocation;    ///< of Allocation::kKl
-  /// What a user should know: too little text for the number of unknowns, experts that nobody
-  /// chose.
+  /// What a user should know: too little text for the number of unknowns (which layers), experts
+  /// that nobody chose, a budget so small that nothing is routed. Written to cleave.json.
   std::vector<std::string> notices;
 };
 
@@ -109,8 +109,8 @@ struct Conversion {
 ///
 /// @param calibration  nullptr: none
 /// @param progress     called with (what, done, all)
-/// @throws InvalidArgument  E does not divide H, K > E, or the model is already a mixture of
-/// experts
+/// @throws InvalidArgument  E does not divide H, K > E, the model is already a mixture of experts,
+///                          or an activation is not finite (names layer and token)
 /// @throws FileError        from reading the checkpoint
 Conversion convert(
     const Checkpoint& source, const ConvertSpec& spec, const TokenWindows* calibration = nullptr,
@@ -127,7 +127,7 @@ struct BudgetSpec {
   double shared_share = 0.5;       ///< of those neurons, the part that always runs, in [0, 1]
   std::int64_t expert_width = 16;  ///< I; the fine experts of the others
   std::int64_t rounds = 2;         ///< of router and assignment in turn, kCaptured (see docs)
-  /// kKl: every layer keeps E, I and K, and its shared slice a width of its own. Takes about three
+  /// kKl: every layer keeps E, I and K, and its shared slice a width of its own. Takes about four
   /// times as long, and two of the windows (of more than 32, one in 16) are held apart from the
   /// fit.
   Allocation allocation = Allocation::kUniform;

@@ -42,9 +42,10 @@ struct LayerReport {
 struct ConversionReport {
   std::string model, dense;  ///< names, without folders
   std::string tool_version;
-  std::string settings = "{}";  ///< a JSON object: how the model was made
-  std::uint64_t seed = 0;       ///< of the baselines
-  std::string calibration;      ///< what the baselines were calibrated on
+  std::string settings = "{}";       ///< a JSON object: how the model was made
+  std::vector<std::string> notices;  ///< of the conversion: what a reader should know
+  std::uint64_t seed = 0;            ///< of the baselines
+  std::string calibration;           ///< what the baselines were calibrated on
   std::int64_t calibration_tokens = 0;
   double rho = 1.0;  ///< multiply-adds of the FFN over the dense FFN's, routers not counted
   std::int64_t dense_macs_per_token = 0, macs_per_token = 0;

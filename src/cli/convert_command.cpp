@@ -158,7 +158,8 @@ Json conversion_json(const ConvertOptions& options, const ModelConfig& source,
             {"scale", scale_policy_name(conversion.scale)},
             {"calibration_tokens", conversion.calibration_tokens},
             {"dtype", dtype_name(written.dtype)},
-            {"layer_error", conversion.layer_error}};
+            {"layer_error", conversion.layer_error},
+            {"notices", conversion.notices}};
   add_routing(conversion, router_share(before, after), json);
   add_allocation(conversion, written, json);
   json["macs_per_token_before"] = before.macs_per_token;
@@ -264,7 +265,7 @@ void add_convert_command(CLI::App& app) {
   command
       ->add_option("--allocation", options->allocation,
                    "With --active-share: uniform, or kl: the always-on neurons divided among the "
-                   "layers by the KL that each costs. Three times as long")
+                   "layers by the KL that each costs. Four times as long")
       ->capture_default_str();
   command->add_option("--penalty", options->penalty, "Ridge penalty of the refit, relative")
       ->capture_default_str()

@@ -27,6 +27,16 @@ std::string calibration_name(const ReportOptions& options) {
   return names;
 }
 
+/// What the conversion had to say, of cleave.json's settings.
+std::vector<std::string> notices_of(const std::string& settings) {
+  const Json json = Json::parse(settings, nullptr, /*allow_exceptions=*/false);
+  std::vector<std::string> notices;
+  if (!json.is_object() || !json.contains("notices") || !json["notices"].is_array()) return notices;
+  for (const Json& notice : json["notices"])
+    if (notice.is_string()) notices.push_back(notice.get<std::string>());
+  return notices;
+}
+
 /// The method, and why it cannot be deployed.
 std::string marked(const QualityRow& row) {
   if (row.deployable) return row.method;
@@ -89,7 +99,10 @@ WrittenReport measure_and_write(const ReportOptions& options, const Checkpoint& 
   report.dense = name_of(options.dense);
   report.calibration = calibration_name(options);
   if (const auto provenance = read_provenance(converted.directory()))
-    if (!provenance->spec_json.empty()) report.settings = provenance->spec_json;
+    if (!provenance->spec_json.empty()) {
+      report.settings = provenance->spec_json;
+      report.notices = notices_of(report.settings);
+    }
   const std::filesystem::path out = options.out;
   write_report(out, report);
   return {Json::parse(report_json(report)),
