@@ -23,11 +23,11 @@ struct RefitSpec {
 /// output and prior = the dense `down`, W is the `down` that is best for the routing that really
 /// happens, and still plain weights. Where tokens are few, W stays near the prior.
 ///
-/// Holds F * F + F * D floats and 512 tokens' (F + D), whatever the number of tokens; solve()
-/// F * F + F * D doubles more, and with a prior the whole Gram matrix and its product with it, F *
-/// F + F * D floats. One thread calls; `parallel` does the work. Source: ridge regression, Hoerl
-/// and Kennard 1970; as repair after removing neurons cf. FLAP, arXiv:2312.11983, and SparseGPT,
-/// arXiv:2301.00774.
+/// Holds F * F + F * D floats and those of 512 tokens, whatever the number of tokens. solve() takes
+/// F * F + F * D doubles more, and with a prior as many floats: the whole Gram matrix and its
+/// product with the prior. One thread calls; `parallel` does the work. Source: ridge regression,
+/// Hoerl and Kennard 1970; as repair after removing neurons cf. FLAP, arXiv:2312.11983, and
+/// SparseGPT, arXiv:2301.00774.
 class RidgeRefit {
  public:
   /// @throws InvalidArgument  a size below 1
