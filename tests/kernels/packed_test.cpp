@@ -80,7 +80,7 @@ TEST(PackedLinear, MatchesReferenceAroundTheEdgesOfBlocks) {
 // Bit for bit, but for the sign of a zero, which the kernels may lose.
 TEST(PackedLinear, ARowIsUnpackedAsTheKernelsDoIt) {
   std::mt19937 rng(1);
-  for (const WeightType type : kTypes)
+  for (const WeightType type : kWeightTypes)
     for (const std::int64_t K : {1, 31, 32, 33, 97, 576}) {
       const std::int64_t N = 45;
       const OwnedMatrix w = random_matrix(rng, N, K);
@@ -101,7 +101,7 @@ TEST(PackedLinear, ARowIsUnpackedAsTheKernelsDoIt) {
 
 TEST(PackedExperts, RowsThatAreReadPackToTheSameBytes) {
   std::mt19937 rng(1);
-  for (const WeightType type : kTypes)
+  for (const WeightType type : kWeightTypes)
     for (const bool biases : {true, false}) {
       const DenseFfn dense = random_dense(rng, 37, 50, true, biases, Activation::kSilu);
       const FfnView view = dense.view();
