@@ -51,9 +51,11 @@ class MaskedFfn {
   void choose(MatrixView<const float> x, MatrixView<const float> h, std::uint8_t* on,
               const ParallelFor& parallel) const;
 
- private:
+  /// By which it chooses them. scores [T, E], written.
   void score(MatrixView<const float> x, MatrixView<const float> h, MatrixView<float> scores,
              const ParallelFor& parallel) const;
+
+ private:
   void mask_experts(const std::uint8_t* on, MatrixView<float> h, const ParallelFor& parallel) const;
   void mask_neurons(MatrixView<float> h, const ParallelFor& parallel) const;
 

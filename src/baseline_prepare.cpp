@@ -5,6 +5,7 @@
 
 #include "baseline_ffn.h"
 #include "baseline_partition.h"
+#include "baseline_refit.h"
 #include "baseline_routers.h"
 #include "cleave/baselines.h"
 #include "cleave/calibrate.h"
@@ -87,7 +88,7 @@ class LayerFit {
  private:
   bool looks_again() const {
     return std::any_of(baselines_.begin(), baselines_.end(), [](const Baseline& b) {
-      return is_fitted(b.spec.router) || (b.spec.compensate && routed(b.spec));
+      return is_measured(b.spec.router) || (b.spec.compensate && routed(b.spec));
     });
   }
   static bool routed(const BaselineSpec& spec) { return spec.num_experts > 0; }
@@ -166,6 +167,23 @@ class LayerFit {
     for (std::int64_t w = 0; w < stream_.num_windows(); ++w)
       routers.observe(windows_.input(w), windows_.activations(w), model_.parallel());
     routers.fit(windows_.inputs(), layer_, baselines_, model_.parallel());
+    for (Baseline& b : baselines_)
+      if (is_measured(b.spec.router) && reads_hidden(b.spec.router))
+        b.layers[layer_].quality = routers.quality(b.spec, hidden_scores(b));
+  }
+
+  /// [tokens, E] of a router that sees more than x.
+  std::vector<float> hidden_scores(const Baseline& b) {
+    const MaskedFfn masked(ffn_, b.spec, b.layers[layer_]);
+    const std::int64_t E = b.spec.num_experts;
+    std::vector<float> scores(static_cast<std::size_t>(windows_.inputs().rows * E));
+    for (std::int64_t w = 0, done = 0; w < stream_.num_windows(); ++w) {
+      const MatrixView<const float> x = windows_.input(w);
+      masked.score(x, windows_.activations(w), {scores.data() + done * E, x.rows, E},
+                   model_.parallel());
+      done += x.rows;
+    }
+    return scores;
   }
 
   void set_off_values() {
@@ -217,6 +235,12 @@ class LayerFit {
 void check_spec(const BaselineSpec& spec, std::int64_t H) {
   const std::int64_t rest = H - spec.shared, E = spec.num_experts, K = spec.experts_per_token;
   const bool routed = spec.split != BaselineSplit::kNone;
+  if (spec.refit && (spec.router != BaselineRouter::kNone || spec.compensate || spec.shared < 1 ||
+                     spec.score == BaselineScore::kTopRate))
+    fail_argument(
+        "prepare_baselines: '{}' cannot be refitted: expected neurons chosen by energy or "
+        "fluctuation, and neither a router nor compensation",
+        spec.method);
   if (spec.shared < 0 || spec.shared > H || (E > 0) != routed ||
       (routed && (rest <= 0 || rest % E != 0 || K < 1 || K > E)))
     fail_argument(
@@ -231,22 +255,30 @@ std::vector<Baseline> prepare_baselines(Model& dense, const TokenWindows& calibr
                                         std::span<const BaselineSpec> specs,
                                         const BaselineProgress& progress) {
   const std::int64_t L = dense.config().num_layers;
-  std::vector<Baseline> baselines;
+  std::vector<Baseline> baselines, refitted;
   for (const BaselineSpec& spec : specs) {
     check_spec(spec, dense.config().intermediate_size);
-    baselines.push_back({spec, std::vector<BaselineLayer>(static_cast<std::size_t>(L))});
+    (spec.refit ? refitted : baselines)
+        .push_back({spec, std::vector<BaselineLayer>(static_cast<std::size_t>(L))});
   }
-  if (baselines.empty()) return baselines;
+  if (specs.empty()) return baselines;
   if (calibration.context < 2 || calibration.count() < 1)
     fail_argument(
         "prepare_baselines: the calibration text has {} tokens and windows of {}; needs at least "
         "one window of 2 or more",
         calibration.tokens.size(), calibration.context);
-  WindowStream stream(dense, calibration);
-  for (std::int64_t l = 0; l < L; ++l) {
-    LayerFit(dense, stream, l, baselines).run();
-    if (progress) progress("baselines", l + 1, L);
+  if (!baselines.empty()) {
+    WindowStream stream(dense, calibration);
+    for (std::int64_t l = 0; l < L; ++l) {
+      LayerFit(dense, stream, l, baselines).run();
+      if (progress) progress("baselines", l + 1, L);
+    }
   }
+  for (Baseline& baseline : refitted) refit_baseline(dense, calibration, progress, baseline);
+  for (std::size_t i = 0, next = 0; i < specs.size(); ++i)  // back into the order of `specs`
+    if (specs[i].refit)
+      baselines.insert(baselines.begin() + static_cast<std::ptrdiff_t>(i),
+                       std::move(refitted[next++]));
   return baselines;
 }
 

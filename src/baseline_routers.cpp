@@ -4,8 +4,6 @@
 #include <cmath>
 #include <utility>
 
-#include "support/buffer.h"
-
 namespace cleave {
 namespace {
 
@@ -26,6 +24,15 @@ void relative_norms(MatrixView<const float> norms, MatrixView<float> relative) {
 bool is_fitted(BaselineRouter router) {
   return router == BaselineRouter::kRidge || router == BaselineRouter::kRidgeBias ||
          router == BaselineRouter::kRegression;
+}
+
+bool is_measured(BaselineRouter router) {
+  return router != BaselineRouter::kNone && router != BaselineRouter::kOracleNorm &&
+         router != BaselineRouter::kOracleNeuron;
+}
+
+bool reads_hidden(BaselineRouter router) {
+  return router == BaselineRouter::kOracleLabel || router == BaselineRouter::kRepresentative;
 }
 
 std::int64_t SideBySideRidge::add(std::int64_t num_experts) {
@@ -73,7 +80,7 @@ BaselineRouters::BaselineRouters(const FfnView& ffn, std::span<const BaselinePar
         return key_of(b.spec) == partition.key && condition(b.spec.router);
       });
     };
-    if (!wanted(is_fitted)) continue;
+    if (!wanted(is_measured)) continue;
     const std::int64_t E = partition.key.num_experts;
     groups_.push_back({.key = partition.key,
                        .split = ExpertSplit(ffn, partition.expert_of_neuron, E),
@@ -118,33 +125,38 @@ void BaselineRouters::learn(MatrixView<const float> x, std::int64_t layer,
            });
 }
 
+const BaselineRouters::Group& BaselineRouters::group_of(const BaselineSpec& spec) const {
+  return *std::find_if(groups_.begin(), groups_.end(),
+                       [&](const Group& g) { return g.key == key_of(spec); });
+}
+
+void BaselineRouters::solve(const BaselineSpec& spec, const Group& group, BaselineLayer& into) {
+  if (spec.router == BaselineRouter::kRegression)
+    into.regression = *group.learned;
+  else if (spec.router == BaselineRouter::kRidge)
+    plain_.solve(group.plain, group.split.num_experts, into);
+  else if (spec.router == BaselineRouter::kRidgeBias)
+    biased_.solve(group.biased, group.split.num_experts, into);
+}
+
 void BaselineRouters::fit(MatrixView<const float> x, std::int64_t layer,
                           std::span<Baseline> baselines, const ParallelFor& parallel) {
   learn(x, layer, parallel);
   for (Baseline& b : baselines) {
-    if (!is_fitted(b.spec.router)) continue;
-    Group& group = *std::find_if(groups_.begin(), groups_.end(),
-                                 [&](const Group& g) { return g.key == key_of(b.spec); });
+    if (!is_measured(b.spec.router) || reads_hidden(b.spec.router)) continue;
     BaselineLayer& into = b.layers[layer];
-    if (b.spec.router == BaselineRouter::kRegression) {
-      into.regression = *group.learned;
-    } else if (b.spec.router == BaselineRouter::kRidge) {
-      plain_.solve(group.plain, group.split.num_experts, into);
-    } else {
-      biased_.solve(group.biased, group.split.num_experts, into);
-    }
-    into.quality = quality(group, x, b.spec, into, parallel);
+    solve(b.spec, group_of(b.spec), into);
+    std::vector<float> scores(static_cast<std::size_t>(tokens_ * b.spec.num_experts));
+    router_scores(b.spec, into, x, {scores.data(), tokens_, b.spec.num_experts}, parallel);
+    into.quality = quality(b.spec, scores);
   }
 }
 
-RouterQuality BaselineRouters::quality(Group& group, MatrixView<const float> x,
-                                       const BaselineSpec& spec, const BaselineLayer& layer,
-                                       const ParallelFor& parallel) const {
+RouterQuality BaselineRouters::quality(const BaselineSpec& spec,
+                                       const std::vector<float>& scores) const {
   const std::int64_t E = spec.num_experts;
-  const Buffer values(tokens_ * E);
-  const MatrixView<float> scores(values.data(), tokens_, E);
-  router_scores(spec, layer, x, scores, parallel);
-  return router_quality(scores, norms(group, 0, tokens_), spec.experts_per_token);
+  return router_quality({scores.data(), tokens_, E}, {group_of(spec).norms.data(), tokens_, E},
+                        spec.experts_per_token);
 }
 
 }  // namespace cleave

@@ -14,6 +14,10 @@ namespace cleave {
 
 /// Whether a router learns from the experts' outputs on the calibration text.
 bool is_fitted(BaselineRouter router);
+/// Whether a router chooses experts, and not by what it is measured with.
+bool is_measured(BaselineRouter router);
+/// Whether it sees the FFN's hidden values, beside x or in its place.
+bool reads_hidden(BaselineRouter router);
 
 /// Layers must not share what is drawn.
 inline std::uint64_t layer_seed(std::uint64_t seed, std::int64_t layer) {
@@ -39,8 +43,9 @@ class SideBySideRidge {
   std::vector<float> target_, input_;
 };
 
-/// The fitted routers of one layer of all baselines. Baselines with the same partition share the
-/// experts' outputs and what is learned from them. Holds tokens * E floats a partition.
+/// The routers of one layer of all baselines: fits them, and measures them. Baselines with the same
+/// partition share the experts' outputs and what is learned from them. Holds tokens * E floats a
+/// partition.
 class BaselineRouters {
  public:
   /// @param tokens  how many will be observed
@@ -50,10 +55,13 @@ class BaselineRouters {
   bool empty() const { return groups_.empty(); }
   /// Takes tokens of the text, in order. x [T, D]   h [T, H]
   void observe(MatrixView<const float> x, MatrixView<const float> h, const ParallelFor& parallel);
-  /// Gives every baseline its router of `layer`, and what that is worth.
+  /// Gives every baseline its router of `layer`, if that is fitted, and what it is worth, if it
+  /// reads x alone.
   ///   x [tokens, D], all that was observed
   void fit(MatrixView<const float> x, std::int64_t layer, std::span<Baseline> baselines,
            const ParallelFor& parallel);
+  /// What scores [tokens, E] of a baseline's router are worth.
+  RouterQuality quality(const BaselineSpec& spec, const std::vector<float>& scores) const;
 
  private:
   struct Group {  // one partition
@@ -64,13 +72,13 @@ class BaselineRouters {
     std::vector<float> norms;                      // [tokens, E]
     std::optional<RegressionRouter> learned = {};  // once it did
   };
-  MatrixView<float> norms(Group& group, std::int64_t begin, std::int64_t count) const {
+  static MatrixView<float> norms(Group& group, std::int64_t begin, std::int64_t count) {
     const std::int64_t E = group.split.num_experts;
     return {group.norms.data() + begin * E, count, E};
   }
   void learn(MatrixView<const float> x, std::int64_t layer, const ParallelFor& parallel);
-  RouterQuality quality(Group& group, MatrixView<const float> x, const BaselineSpec& spec,
-                        const BaselineLayer& layer, const ParallelFor& parallel) const;
+  void solve(const BaselineSpec& spec, const Group& group, BaselineLayer& into);
+  const Group& group_of(const BaselineSpec& spec) const;
 
   std::int64_t tokens_, seen_ = 0;
   SideBySideRidge plain_, biased_;

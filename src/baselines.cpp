@@ -30,6 +30,15 @@ BaselineSpec static_row(const char* method, std::int64_t hidden, double rho, Bas
           .compensate = compensate};
 }
 
+/// A mask as it is, and with the repair that a conversion has.
+void add_static_rows(const char* method, std::int64_t hidden, double rho, BaselineScore score,
+                     bool compensate, std::vector<BaselineSpec>& specs) {
+  specs.push_back(static_row(method, hidden, rho, score, compensate));
+  specs.push_back(static_row(method, hidden, rho, score, false));
+  specs.back().method += ", refitted";
+  specs.back().refit = true;
+}
+
 BaselineSpec neuron_oracle(std::int64_t hidden, double rho) {
   BaselineSpec spec = static_row("neuron oracle", hidden, rho, BaselineScore::kEnergy, false);
   spec.router = BaselineRouter::kOracleNeuron;
@@ -98,6 +107,14 @@ BaselineSpec cmoe(std::int64_t hidden, std::int64_t experts, double rho) {
   return spec;
 }
 
+/// What any grouping of the neurons has to beat: two that know nothing of them.
+void add_blind_splits(std::int64_t hidden, double rho, std::vector<BaselineSpec>& specs) {
+  specs.push_back(split_row("contiguous split", "ridge router", hidden, 8, rho,
+                            BaselineSplit::kContiguous, BaselineRouter::kRidge));
+  specs.push_back(split_row("random split", "ridge router", hidden, 8, rho, BaselineSplit::kRandom,
+                            BaselineRouter::kRidge));
+}
+
 void add_split_rows(std::int64_t hidden, double rho, std::vector<BaselineSpec>& specs) {
   const auto add = [&](const char* split_name, const char* router_name, std::int64_t experts,
                        BaselineSplit split, BaselineRouter router) {
@@ -121,8 +138,23 @@ void add_split_rows(std::int64_t hidden, double rho, std::vector<BaselineSpec>& 
       BaselineRouter::kRegression);
 }
 
+/// The FFN with the refitted columns of `down`, if there are some.
+DenseFfn repaired(DenseFfn ffn, const BaselineLayer& layer) {
+  if (layer.down_t.empty()) return ffn;
+  const float* row = layer.down_t.data();
+  for (std::int64_t j = 0; j < ffn.hidden; ++j) {
+    if (layer.expert_of_neuron[j] != BaselineLayer::kShared) continue;
+    for (std::int64_t d = 0; d < ffn.d_model; ++d) ffn.down[d * ffn.hidden + j] = row[d];
+    row += ffn.d_model;
+  }
+  return ffn;
+}
+
 /// Mean over layers, where all have one.
 std::optional<RouterQuality> mean_quality(const Baseline& baseline) {
+  const BaselineRouter router = baseline.spec.router;
+  if (router == BaselineRouter::kOracleNorm || router == BaselineRouter::kOracleNeuron)
+    return RouterQuality{1.0, 1.0};
   RouterQuality mean{0.0, 0.0};
   const auto layers = static_cast<double>(baseline.layers.size());
   for (const BaselineLayer& layer : baseline.layers) {
@@ -172,8 +204,9 @@ std::vector<BaselineSpec> baseline_specs(BaselineSet set, std::int64_t hidden, d
     specs.push_back(cmoe(hidden, 8, rho));
     specs.push_back(cmoe(hidden, 16, rho));
   }
-  specs.push_back(static_row("FLAP-style pruning", hidden, rho, BaselineScore::kFluctuation, true));
-  specs.push_back(static_row("static mask", hidden, rho, BaselineScore::kEnergy, false));
+  add_static_rows("FLAP-style pruning", hidden, rho, BaselineScore::kFluctuation, true, specs);
+  add_static_rows("static mask", hidden, rho, BaselineScore::kEnergy, false, specs);
+  add_blind_splits(hidden, rho, specs);
   if (set == BaselineSet::kAll) {
     add_split_rows(hidden, rho, specs);
     specs.push_back(shared_kmeans(hidden, rho, BaselineRouter::kRidge, false));
@@ -194,11 +227,11 @@ HiddenStates baseline_states(Model& dense, const Baseline& baseline, const Token
   std::vector<float> output(static_cast<std::size_t>(text.context * config.hidden_size));
   const MatrixView<float> y(output.data(), text.context, config.hidden_size);
   for (std::int64_t l = 0; l < config.num_layers; ++l) {
-    const DenseFfn ffn = dense.dense_ffn(l);
     const BaselineLayer& layer = baseline.layers[l];
-    if (static_cast<std::int64_t>(layer.expert_of_neuron.size()) != ffn.hidden)
+    if (static_cast<std::int64_t>(layer.expert_of_neuron.size()) != config.intermediate_size)
       fail_argument("baseline_states: layer {} of '{}' has {} neurons, the model {}", l,
-                    baseline.spec.method, layer.expert_of_neuron.size(), ffn.hidden);
+                    baseline.spec.method, layer.expert_of_neuron.size(), config.intermediate_size);
+    const DenseFfn ffn = repaired(dense.dense_ffn(l), layer);
     const MaskedFfn masked(ffn, baseline.spec, layer);
     for (std::int64_t w = 0; w < stream.num_windows(); ++w) {
       const MatrixView<const float> x = stream.attend(l, w);

@@ -124,7 +124,7 @@ ResizedLayer resize_layer(SplitSource source, const LayerTokens& tokens, MatrixV
   std::vector<std::int32_t> neuron;
   double energy = 1.0;
   if (size < H) {
-    const Capture kept = keep_most_energy(tokens, size, parallel);
+    const Capture kept = keep_highest(tokens, size, StaticScore::kEnergy, parallel);
     energy = kept.energy;
     for (std::int64_t j = 0; j < H; ++j)
       if (kept.partition.expert_of_neuron[j] != NeuronPartition::kDropped)

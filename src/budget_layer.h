@@ -105,9 +105,12 @@ std::vector<float> token_weights(MatrixView<const float> stream, MatrixView<cons
 double relative_error(MatrixView<const float> y, MatrixView<const float> target,
                       std::span<const float> weight);
 
-/// Converts all layers in order. @param shared_widths  [L], neurons of each shared slice
+/// Converts all layers in order.
+/// @param shared_widths  [L], neurons of each shared slice
+/// @param score          by which neurons are kept where nothing is routed
 Conversion convert_layers(Model& model, const BudgetSpec& spec,
                           const std::vector<std::int64_t>& shared_widths,
-                          const TokenWindows& windows, const BudgetProgress& progress);
+                          const TokenWindows& windows, const BudgetProgress& progress,
+                          StaticScore score = StaticScore::kEnergy);
 
 }  // namespace cleave

@@ -43,8 +43,25 @@ std::vector<double> total_energy(const LayerTokens& tokens, const ParallelFor& p
   return total;
 }
 
-/// All neurons, by falling energy.
-std::vector<std::int32_t> by_energy(const std::vector<double>& total) {
+/// The part of the energies that is not that of the means.
+std::vector<double> total_fluctuation(const LayerTokens& tokens, std::vector<double> energy,
+                                      const ParallelFor& parallel) {
+  const double weights = std::accumulate(tokens.weight.begin(), tokens.weight.end(), 0.0);
+  parallel(tokens.hidden.cols, 64, [&](std::int64_t begin, std::int64_t end) {
+    std::vector<double> sum(static_cast<std::size_t>(end - begin), 0.0);
+    for (std::int64_t t = 0; t < tokens.hidden.rows; ++t) {
+      const float* h = tokens.hidden.row(t);
+      const float weight = tokens.weight[t];
+      for (std::int64_t j = begin; j < end; ++j) sum[j - begin] += weight * h[j];
+    }
+    for (std::int64_t j = begin; j < end; ++j)
+      energy[j] -= sum[j - begin] * sum[j - begin] / weights * tokens.down_square[j];
+  });
+  return energy;
+}
+
+/// All neurons, the largest first.
+std::vector<std::int32_t> by_falling(const std::vector<double>& total) {
   std::vector<std::int32_t> order(total.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(),
@@ -56,7 +73,7 @@ std::vector<std::int32_t> by_energy(const std::vector<double>& total) {
 NeuronPartition first_partition(const LayerTokens& tokens, const CaptureSpec& spec,
                                 const std::vector<double>& total) {
   const std::int64_t H = tokens.hidden.cols, T = tokens.hidden.rows;
-  const std::vector<std::int32_t> order = by_energy(total);
+  const std::vector<std::int32_t> order = by_falling(total);
   NeuronPartition partition;
   partition.num_experts = static_cast<std::int32_t>(spec.experts);
   partition.expert_of_neuron.assign(static_cast<std::size_t>(H), NeuronPartition::kShared);
@@ -244,10 +261,11 @@ std::vector<std::int32_t> choose_experts(MatrixView<const float> x, const Linear
   return route_tokens(x, router, experts_per_token, GateMode::kHard, parallel).ids;
 }
 
-Capture keep_most_energy(const LayerTokens& tokens, std::int64_t kept,
-                         const ParallelFor& parallel) {
+Capture keep_highest(const LayerTokens& tokens, std::int64_t kept, StaticScore score,
+                     const ParallelFor& parallel) {
   const std::vector<double> total = total_energy(tokens, parallel);
-  const std::vector<std::int32_t> order = by_energy(total);
+  const std::vector<std::int32_t> order = by_falling(
+      score == StaticScore::kEnergy ? total : total_fluctuation(tokens, total, parallel));
   Capture capture;
   capture.partition.expert_of_neuron.assign(total.size(), NeuronPartition::kDropped);
   double left = 0.0, all = 0.0;
@@ -271,7 +289,7 @@ Capture capture_energy(const LayerTokens& tokens, const CaptureSpec& spec,
   if (captured) {
     capture.partition = first_partition(tokens, spec, total);
   } else {
-    auto shared = by_energy(total);
+    auto shared = by_falling(total);
     shared.resize(static_cast<std::size_t>(spec.shared));
     capture.partition = fixed_partition(tokens, spec, shared, parallel);
   }

@@ -92,8 +92,15 @@ struct HiddenSample {
   std::vector<float> hidden, down_norm;  // [n, H], [H]
 };
 
-/// The static counterpart: the `kept` neurons of most energy are shared, the others dropped.
-Capture keep_most_energy(const LayerTokens& tokens, std::int64_t kept, const ParallelFor& parallel);
+/// By what neurons are kept where nothing is routed; d_j: column j of `down`, moments weighted.
+enum class StaticScore {
+  kEnergy,       ///< E[h_j^2] |d_j|^2
+  kFluctuation,  ///< Var(h_j) |d_j|^2: FLAP, arXiv:2312.11983
+};
+
+/// The static counterpart: the `kept` neurons of highest score are shared, the others dropped.
+Capture keep_highest(const LayerTokens& tokens, std::int64_t kept, StaticScore score,
+                     const ParallelFor& parallel);
 
 /// The experts that `router` chooses for each row of x [T, D], and what they weigh.
 Routing route_tokens(MatrixView<const float> x, const LinearRouter& router,

@@ -36,8 +36,9 @@ class BudgetConversion {
  public:
   BudgetConversion(Model& model, const BudgetSpec& spec,
                    const std::vector<std::int64_t>& shared_widths, const TokenWindows& windows,
-                   const BudgetProgress& progress)
+                   const BudgetProgress& progress, StaticScore score)
       : spec_(spec),
+        score_(score),
         progress_(progress),
         shares_(divide_budget(model.config().intermediate_size, spec)),
         shared_widths_(shared_widths),
@@ -146,7 +147,7 @@ class BudgetConversion {
   }
 
   Capture split(const LayerTokens& tokens, std::int64_t l) const {
-    if (shares_.active == 0) return keep_most_energy(tokens, shares_.shared, parallel_);
+    if (shares_.active == 0) return keep_highest(tokens, shares_.shared, score_, parallel_);
     return capture_energy(tokens, capture_spec(spec_, shares_, shared_widths_[l], l), parallel_);
   }
 
@@ -232,6 +233,7 @@ class BudgetConversion {
   }
 
   BudgetSpec spec_;
+  StaticScore score_;
   const BudgetProgress& progress_;
   BudgetShares shares_;
   const std::vector<std::int64_t>& shared_widths_;  // [L]
@@ -250,8 +252,9 @@ class BudgetConversion {
 
 Conversion convert_layers(Model& model, const BudgetSpec& spec,
                           const std::vector<std::int64_t>& shared_widths,
-                          const TokenWindows& windows, const BudgetProgress& progress) {
-  return BudgetConversion(model, spec, shared_widths, windows, progress).run();
+                          const TokenWindows& windows, const BudgetProgress& progress,
+                          StaticScore score) {
+  return BudgetConversion(model, spec, shared_widths, windows, progress, score).run();
 }
 
 Conversion convert_to_budget(

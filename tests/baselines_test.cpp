@@ -68,6 +68,13 @@ class Baselines : public ::testing::Test {
   TokenWindows text_;
 };
 
+const BaselineSpec& named(const std::vector<BaselineSpec>& specs, const std::string& method) {
+  const auto found = std::find_if(specs.begin(), specs.end(),
+                                  [&](const BaselineSpec& spec) { return spec.method == method; });
+  if (found == specs.end()) throw InvalidArgument("no row " + method);
+  return *found;
+}
+
 double largest_gap(const std::vector<float>& a, const std::vector<float>& b) {
   EXPECT_EQ(a.size(), b.size());
   double largest = 0.0;
@@ -83,7 +90,7 @@ TEST_F(Baselines, WithEverythingOnTheyAreTheDenseModel) {
   Model model = dense();
   const HiddenStates expected = hidden_states(model, text_);
   const auto specs = baseline_specs(BaselineSet::kAll, kHidden, 1.0);
-  EXPECT_EQ(specs.size(), 19u);
+  EXPECT_EQ(specs.size(), 23u);
   for (const Baseline& baseline : prepare_baselines(model, text_, specs)) {
     SCOPED_TRACE(baseline.spec.method);
     EXPECT_EQ(baseline.spec.rho, 1.0);
@@ -139,7 +146,9 @@ TEST_F(Baselines, StaticMasksKeepTheNeuronsOfTheirScore) {
       variance[j] +=
           (row[j] - mean[j]) * (row[j] - mean[j]) / n * static_cast<double>(down[j]) * down[j];
   }
-  const auto specs = baseline_specs(BaselineSet::kQuick, kHidden, 0.5);
+  const auto quick = baseline_specs(BaselineSet::kQuick, kHidden, 0.5);
+  const std::vector<BaselineSpec> specs = {named(quick, "FLAP-style pruning"),
+                                           named(quick, "static mask")};
   const auto baselines = prepare_baselines(model, text_, specs);
   for (const auto& [index, score] : {std::pair{0, variance}, std::pair{1, energy}}) {
     const BaselineLayer& layer = baselines[index].layers[1];
@@ -161,7 +170,8 @@ TEST_F(Baselines, StaticMasksKeepTheNeuronsOfTheirScore) {
 // Mean compensation: over the calibration text, what is off gives on average what it would have.
 TEST_F(Baselines, ARoutedOffNeuronGivesItsMeanWhileOff) {
   Model model = dense();
-  const BaselineSpec spec = baseline_specs(BaselineSet::kQuick, kHidden, 0.5)[2];
+  const BaselineSpec spec = named(baseline_specs(BaselineSet::kQuick, kHidden, 0.5),
+                                  "half shared, k-means width 2, ridge router, compensation");
   ASSERT_TRUE(spec.compensate);
   ASSERT_EQ(spec.router, BaselineRouter::kRidge);
   const Baseline baseline = prepare_baselines(model, text_, {&spec, 1}).front();
@@ -248,12 +258,9 @@ TEST_F(Baselines, TheResultDoesNotDependOnTheThreads) {
 TEST_F(Baselines, ARegressionRowChoosesByItsRouter) {
   Model model = dense();
   const auto specs = baseline_specs(BaselineSet::kAll, kHidden, 0.5, 3);
-  const auto found = std::find_if(specs.begin(), specs.end(), [](const BaselineSpec& spec) {
-    return spec.method == "k-means on gate rows, E 32, regression MLP router";
-  });
-  ASSERT_NE(found, specs.end());
-  EXPECT_FALSE(found->deployable);
-  std::vector<BaselineSpec> budgets = {*found, *found};  // of one partition: one router
+  const BaselineSpec& spec = named(specs, "k-means on gate rows, E 32, regression MLP router");
+  EXPECT_FALSE(spec.deployable);
+  std::vector<BaselineSpec> budgets = {spec, spec};  // of one partition: one router
   budgets[1].experts_per_token = 4;
   const auto baselines = prepare_baselines(model, text_, budgets);
   const BaselineLayer& layer = baselines[0].layers[1];
@@ -267,17 +274,17 @@ TEST_F(Baselines, ARegressionRowChoosesByItsRouter) {
   std::vector<float> h(5 * kHidden), scores(5 * 32);
   hidden_activations(ffn.view(), {x.data(), 5, 16}, {h.data(), 5, kHidden}, {}, {});
   std::vector<std::uint8_t> on(5 * 32);
-  MaskedFfn(ffn, *found, layer).choose({x.data(), 5, 16}, {h.data(), 5, kHidden}, on.data(), {});
+  MaskedFfn(ffn, spec, layer).choose({x.data(), 5, 16}, {h.data(), 5, kHidden}, on.data(), {});
   regression_scores(layer.regression, {x.data(), 5, 16}, {scores.data(), 5, 32}, {});
   for (std::int64_t t = 0; t < 5; ++t)
     for (std::int64_t e = 0; e < 32; ++e) {
       std::int64_t above = 0;
       for (std::int64_t other = 0; other < 32; ++other)
         above += scores[t * 32 + other] > scores[t * 32 + e] ? 1 : 0;
-      EXPECT_EQ(on[t * 32 + e], above < found->experts_per_token ? 1 : 0) << t << " " << e;
+      EXPECT_EQ(on[t * 32 + e], above < spec.experts_per_token ? 1 : 0) << t << " " << e;
     }
   const double router = 128.0 * (16 + 32) / (3.0 * kHidden * 16);
-  EXPECT_NEAR(baseline_active_share(*found, kHidden, 16), found->rho + router, 1e-12);
+  EXPECT_NEAR(baseline_active_share(spec, kHidden, 16), spec.rho + router, 1e-12);
 }
 
 TEST_F(Baselines, RefusesWhatMakesNoSense) {
@@ -288,10 +295,14 @@ TEST_F(Baselines, RefusesWhatMakesNoSense) {
   EXPECT_TRUE(baseline_specs(BaselineSet::kNone, kHidden, 0.5).empty());
   EXPECT_FALSE(parse_baseline_set("some"));
   EXPECT_EQ(parse_baseline_set("quick"), BaselineSet::kQuick);
-  BaselineSpec spec = baseline_specs(BaselineSet::kQuick, kHidden, 0.5)[2];
+  const auto quick = baseline_specs(BaselineSet::kQuick, kHidden, 0.5);
+  BaselineSpec spec = named(quick, "half shared, k-means width 2, ridge router, compensation");
   EXPECT_THROW(prepare_baselines(model, {{1, 2, 3}, 4}, {&spec, 1}), InvalidArgument);
   spec.num_experts = 7;
   EXPECT_THROW(prepare_baselines(model, text_, {&spec, 1}), InvalidArgument);
+  BaselineSpec refitted = named(quick, "static mask, refitted");
+  refitted.compensate = true;
+  EXPECT_THROW(prepare_baselines(model, text_, {&refitted, 1}), InvalidArgument);
   Baseline short_of_layers{spec, {}};
   EXPECT_THROW(baseline_states(model, short_of_layers, text_), InvalidArgument);
 }
@@ -375,25 +386,40 @@ TEST(BaselinesOfTheDemoModel, StandInTheExpectedOrder) {
                                         EXPECT_EQ(all, static_cast<std::int64_t>(specs.size()));
                                       });
   EXPECT_EQ(seen.size(), specs.size());
-  std::map<std::string, double> kl, recall;
+  std::map<std::string, double> kl, recall, captured;
   for (const QualityRow& row : rows) {
     SCOPED_TRACE(row.method);
     EXPECT_TRUE(std::isfinite(row.kl) && row.kl > 0.0);
     EXPECT_TRUE(std::isfinite(row.perplexity) && row.perplexity > 1.0);
     kl[row.method] = row.kl;
-    const bool ridge = row.method.find("ridge") != std::string::npos,
-               mlp = row.method.find("MLP") != std::string::npos;
-    EXPECT_EQ(row.stock, !mlp);
-    ASSERT_EQ(row.router.has_value(), ridge || mlp);
+    EXPECT_EQ(row.stock, row.method.find("MLP") == std::string::npos);
+    ASSERT_EQ(row.router.has_value(), row.routed);
+    EXPECT_EQ(row.router_share > 0.0, row.routed && row.method.find("oracle") == std::string::npos);
     if (row.router) {
-      EXPECT_TRUE(row.router->recall > 0.5 && row.router->recall < 1.0) << row.router->recall;
-      EXPECT_TRUE(row.router->captured > row.router->recall && row.router->captured < 1.0);
       recall[row.method] = row.router->recall;
+      captured[row.method] = row.router->captured;
     }
     RecordProperty(row.method, fmt::format("{:.4f}", row.kl));
   }
   for (const auto& [method, value] : kl) EXPECT_LE(kl.at("neuron oracle"), value) << method;
   EXPECT_LT(kl.at("random split, E 8, oracle router"), kl.at("random split, E 8, random router"));
+  for (const auto& [method, value] : recall) {
+    SCOPED_TRACE(method);
+    if (method.find("oracle") != std::string::npos && method.find("label") == std::string::npos) {
+      EXPECT_EQ(value, 1.0);
+      EXPECT_EQ(captured.at(method), 1.0);
+      continue;
+    }
+    EXPECT_LT(captured.at(method), 1.0);
+    EXPECT_GT(captured.at(method), value);
+    const BaselineSpec& spec = named(specs, method);
+    const double chance =
+        static_cast<double>(spec.experts_per_token) / static_cast<double>(spec.num_experts);
+    if (method == "random split, E 8, random router")
+      EXPECT_NEAR(value, chance, 0.05);
+    else
+      EXPECT_GT(value, chance);
+  }
   // With the same experts, a router of more layers is nearer to what they do.
   EXPECT_GT(recall.at("k-means on gate rows, E 32, regression MLP router"),
             recall.at("k-means on gate rows, E 32, ridge router"));

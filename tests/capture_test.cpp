@@ -98,11 +98,32 @@ TEST(Capture, TheSameSeedGivesTheSameSplit) {
 
 TEST(Capture, StaticKeepsTheMostEnergy) {
   const PlantedLayer layer;
-  const Capture capture = keep_most_energy(layer.tokens(), layer.always, {});
+  const Capture capture = keep_highest(layer.tokens(), layer.always, StaticScore::kEnergy, {});
   for (std::size_t j = 0; j < layer.block_of.size(); ++j)
     EXPECT_EQ(capture.partition.expert_of_neuron[j], layer.block_of[j] == layer.kinds
                                                          ? NeuronPartition::kShared
                                                          : NeuronPartition::kDropped);
+}
+
+// A neuron that gives the same to every token has energy and no fluctuation.
+TEST(Capture, FluctuationIsTheEnergyWithoutThatOfTheMean) {
+  const std::int64_t T = 50, H = 3;
+  std::vector<float> hidden, weight, square = {1.0f, 4.0f, 1.0f};
+  for (std::int64_t t = 0; t < T; ++t) {
+    const float sign = t % 2 == 0 ? 1.0f : -1.0f;
+    hidden.insert(hidden.end(), {3.0f, 1.0f + 0.5f * sign, 1.2f * sign});
+    weight.push_back(t % 3 == 0 ? 2.0f : 1.0f);
+  }
+  const LayerTokens tokens{
+      .input = {}, .hidden = {hidden.data(), T, H}, .weight = weight, .down_square = square};
+  const auto kept = [&](std::int64_t count, StaticScore score) {
+    return keep_highest(tokens, count, score, {}).partition.expert_of_neuron;
+  };
+  constexpr std::int32_t kOn = NeuronPartition::kShared, kOff = NeuronPartition::kDropped;
+  using Ids = std::vector<std::int32_t>;
+  EXPECT_EQ(kept(1, StaticScore::kEnergy), (Ids{kOn, kOff, kOff}));       // 9, 5, 1.44
+  EXPECT_EQ(kept(1, StaticScore::kFluctuation), (Ids{kOff, kOff, kOn}));  // 0, 1, 1.44
+  EXPECT_EQ(kept(2, StaticScore::kFluctuation), (Ids{kOff, kOn, kOn}));
 }
 
 TEST(Capture, RefusesShapesThatDoNotAddUp) {

@@ -16,9 +16,9 @@
 namespace cleave {
 
 // What a conversion has to be compared with: pruning, published splits and oracles at the same
-// budget. A baseline needs no weights of its own: it is the dense FFN whose hidden activations h
-// are multiplied by 0 or 1 per token and neuron before `down`. So a row costs what the dense model
-// costs, and nothing is written.
+// budget. A baseline is the dense FFN whose hidden activations h are multiplied by 0 or 1 per token
+// and neuron before `down`. So a row costs what the dense model costs, and nothing is written. Only
+// rows that are refitted have weights of their own: the `down` of the neurons that are left.
 
 enum class BaselineSet { kNone, kQuick, kAll };
 /// "none", "quick", "all"; empty optional for anything else.
@@ -68,6 +68,10 @@ struct BaselineSpec {
   /// A neuron that is off gives its mean instead of 0: over all tokens where nothing is routed
   /// (FLAP's bias), else over the calibration tokens that do not choose its expert.
   bool compensate = false;
+  /// Where nothing is routed: `down` is refitted layer by layer as convert_to_budget() does it,
+  /// with its defaults, and the neurons are chosen there too, by kEnergy or kFluctuation: on the
+  /// stream of the layers that are pruned already, tokens weighted as there.
+  bool refit = false;
   bool scale_up = false;                ///< the chosen experts are multiplied by E / K, else by 1
   std::int64_t calibration_tokens = 0;  ///< use only the first so many; 0: all
   std::uint64_t seed = 0;
@@ -75,7 +79,8 @@ struct BaselineSpec {
 
 /// The rows for a model with H hidden neurons. Budgets and expert counts that do not divide are
 /// rounded to ones that do; `rho` of a row is then its own.
-///   quick  static mask, FLAP-style, shared + k-means + ridge + compensation, neuron oracle
+///   quick  static mask and FLAP-style pruning, both also refitted; contiguous and random split
+///          with a ridge router; shared + k-means + ridge + compensation; neuron oracle
 ///   all    every row of docs/benchmarks.md
 /// @throws InvalidArgument  rho outside (0, 1], or H < 32
 std::vector<BaselineSpec> baseline_specs(BaselineSet set, std::int64_t hidden, double rho,
@@ -87,15 +92,20 @@ struct BaselineLayer {
   static constexpr std::int32_t kOff = -1;     ///< never on
   std::vector<std::int32_t> expert_of_neuron;  ///< [H]: an expert, kShared or kOff
   std::vector<float> off_value;                ///< [H] what h_j is while off; empty: 0
-  LinearRouter router;                         ///< kRandom, kRidge, kRidgeBias
-  std::vector<float> router_bias;              ///< [E], kRidgeBias
-  RegressionRouter regression;                 ///< kRegression
-  std::vector<std::int32_t> representatives;   ///< [E] neurons, kRepresentative
-  /// Of a router that is fitted: on the calibration text, without first tokens of windows.
+  /// [neurons that are on, D], in their order: rows in place of the dense FFN's columns of `down`,
+  /// where that was refitted; empty: it was not.
+  std::vector<float> down_t;
+  LinearRouter router;                        ///< kRandom, kRidge, kRidgeBias
+  std::vector<float> router_bias;             ///< [E], kRidgeBias
+  RegressionRouter regression;                ///< kRegression
+  std::vector<std::int32_t> representatives;  ///< [E] neurons, kRepresentative
+  /// Of a router beside the oracle kOracleNorm of its experts: on the calibration text, without
+  /// first tokens of windows. Empty where nothing is routed, or the row is such an oracle.
   std::optional<RouterQuality> quality = {};
 };
 
-/// A baseline with what it learned from the calibration text. A few numbers per neuron.
+/// A baseline with what it learned from the calibration text. A few numbers per neuron; D of them
+/// for every neuron that is on where it was refitted.
 struct Baseline {
   BaselineSpec spec;
   std::vector<BaselineLayer> layers;  ///< [L]
@@ -107,7 +117,8 @@ using BaselineProgress = std::function<void(const std::string&, std::int64_t, st
 /// dense model's stream: one forward pass, the products of the experts' outputs for the routers,
 /// and where a routed row compensates, one more look at h. Moments and rates are over
 /// all tokens, as their papers take them; routers and the means of what they switch off leave out
-/// the first token of each window, an attention sink with up to 96 % of a layer's energy.
+/// the first token of each window, an attention sink with up to 96 % of a layer's energy. Rows that
+/// are refitted take a conversion each (see convert_to_budget()).
 ///
 /// Holds 2 * tokens * D floats, tokens * E a fitted partition, and tokens * H where that is below
 /// half a gigabyte (else h is computed again). The same input gives the same result for any number
@@ -138,9 +149,11 @@ struct QualityRow {
   bool routed = false;        ///< false: the same neurons for every token
   bool ours = false;          ///< a conversion that a report is about; false: a baseline
   double perplexity = 0.0, kl = 0.0, top1_agreement = 1.0;  ///< see EvalResult
-  /// Of a baseline with a fitted router: on the calibration text, mean over layers.
+  /// Of a routed row: on the calibration text, mean over layers; 1 and 1 of an oracle that takes
+  /// the experts with the largest outputs.
   std::optional<RouterQuality> router = {};
-  double router_share = 0.0;  ///< multiply-adds of the router over the dense FFN's, in active_share
+  /// Multiply-adds of the router over the dense FFN's, in active_share; of an oracle 0: not counted
+  double router_share = 0.0;
 };
 
 /// Evaluates baselines on a text: one forward pass a row; the dense model's logits come from
