@@ -47,18 +47,23 @@ void MoeLayer::forward(MatrixView<const float> x, MatrixView<float> y, const Par
         "MoeLayer::forward: x [{}, {}], y [{}, {}] and router [{}, {}] do not fit {} experts of "
         "width D = {}; expected x and y [T, D] and a router [E, D]",
         x.rows, x.cols, y.rows, y.cols, router.num_experts, router.d_model, E, D));
-  check_shared("MoeLayer::forward", *this);
   Buffer logits(x.rows * E);
   linear(x, router.view(), {}, {logits.data(), x.rows, E}, parallel);
   Routing local;
   Routing& routing = routing_out != nullptr ? *routing_out : local;
   route({logits.data(), x.rows, E}, {.experts_per_token = experts_per_token, .mode = gate}, routing,
         parallel);
+  forward_routed(x, routing, y, parallel);
+}
+
+void MoeLayer::forward_routed(MatrixView<const float> x, const Routing& routing,
+                              MatrixView<float> y, const ParallelFor& parallel) const {
+  check_shared("MoeLayer::forward", *this);
   moe_ffn(experts, routing, scale, x, y, parallel);
   if (shared.rows() > 0) add_shared(shared, x, y, parallel);
   if (experts.down_bias.empty()) return;
   for (std::int64_t t = 0; t < y.rows; ++t)
-    isa_kernels().add(experts.down_bias.data(), y.row(t), D);
+    isa_kernels().add(experts.down_bias.data(), y.row(t), y.cols);
 }
 
 }  // namespace cleave

@@ -16,6 +16,8 @@ using OrderedJson = nlohmann::ordered_json;
 
 // Budgets of the rows are rounded to whole experts; within so much they are the same.
 constexpr double kSameBudget = 0.02;
+// A conversion that routes nothing may be one of the rows; then their KL differs by rounding.
+constexpr double kSameKl = 1e-3;
 
 bool is_pruning(const QualityRow& row) {
   return row.deployable && !row.routed && !row.ours && row.rho < 1.0;
@@ -37,6 +39,71 @@ std::string joined(const std::vector<std::string>& parts) {
   return text;
 }
 
+/// The conversion against what it has to beat, a phrase for each text.
+struct Comparisons {
+  bool routed = true;                      // whether the conversion is
+  std::vector<std::string> losses, wins;   // against the best pruning
+  std::vector<std::string> alone, better;  // without any; the best split that is better
+};
+
+Comparisons compare(const ConversionReport& report) {
+  Comparisons found;
+  for (const TextReport& text : report.texts)
+    for (const QualityRow& ours : text.rows) {
+      if (!ours.ours) continue;
+      found.routed = ours.routed;
+      const auto against = [&](const QualityRow& row) {
+        return fmt::format("{} against {} of {} on {}", short_number(ours.kl), short_number(row.kl),
+                           row.method, text.name);
+      };
+      const QualityRow* pruning = best_row(text, ours, is_pruning);
+      const QualityRow* routed = best_row(text, ours, [](const QualityRow& row) {
+        return row.deployable && row.routed && !row.ours;
+      });
+      const double beaten_below = ours.routed ? ours.kl : ours.kl * (1.0 - kSameKl);
+      if (pruning == nullptr)
+        found.alone.push_back(fmt::format("{} on {}", short_number(ours.kl), text.name));
+      else
+        (pruning->kl < beaten_below ? found.losses : found.wins).push_back(against(*pruning));
+      if (routed != nullptr && routed->kl < ours.kl) found.better.push_back(against(*routed));
+    }
+  return found;
+}
+
+std::string routed_verdict(const Comparisons& found, const std::string& budget) {
+  if (!found.losses.empty()) {
+    std::string text = fmt::format(
+        "Static pruning wins: at {} of the FFN this conversion has KL {}; prune instead, or "
+        "calibrate on text like this.",
+        budget, joined(found.losses));
+    if (!found.wins.empty()) text += fmt::format(" It loses elsewhere: {}.", joined(found.wins));
+    return text;
+  }
+  if (!found.wins.empty())
+    return fmt::format(
+        "This conversion beats static pruning on every text: at {} of the FFN its KL is {}.",
+        budget, joined(found.wins));
+  return fmt::format(
+      "KL {} at {} of the FFN; no static pruning was measured beside it, so whether routing pays "
+      "is open.",
+      joined(found.alone), budget);
+}
+
+std::string pruned_verdict(const Comparisons& found, const std::string& budget) {
+  if (!found.losses.empty())
+    return fmt::format(
+        "Other pruning wins: at {} of the FFN this conversion, which routes nothing, has KL {}.",
+        budget, joined(found.losses));
+  if (!found.wins.empty())
+    return fmt::format(
+        "No other pruning does better: at {} of the FFN this conversion, which routes nothing, has "
+        "KL {}.",
+        budget, joined(found.wins));
+  return fmt::format(
+      "KL {} at {} of the FFN, where nothing is routed; no other pruning was measured beside it.",
+      joined(found.alone), budget);
+}
+
 OrderedJson row_json(const QualityRow& row) {
   OrderedJson json{{"method", row.method},
                    {"rho", row.rho},
@@ -56,6 +123,18 @@ OrderedJson row_json(const QualityRow& row) {
   return json;
 }
 
+OrderedJson sweep_json(const TextReport& text) {
+  OrderedJson points = OrderedJson::array();
+  for (const ActivePoint& point : text.sweep)
+    points.push_back({{"experts_per_token", point.experts_per_token},
+                      {"rho", point.rho},
+                      {"active_share", point.active_share},
+                      {"perplexity", point.perplexity},
+                      {"kl", point.kl},
+                      {"top1_agreement", point.top1_agreement}});
+  return points;
+}
+
 OrderedJson texts_json(const ConversionReport& report) {
   OrderedJson texts = OrderedJson::array();
   for (const TextReport& text : report.texts) {
@@ -65,7 +144,8 @@ OrderedJson texts_json(const ConversionReport& report) {
                      {"windows", text.windows},
                      {"context", text.context},
                      {"tokens", text.tokens},
-                     {"rows", rows}});
+                     {"rows", rows},
+                     {"sweep", sweep_json(text)}});
   }
   return texts;
 }
@@ -87,47 +167,17 @@ OrderedJson layers_json(const ConversionReport& report) {
 std::string share_percent(double share) { return fmt::format("{:.4g} %", 100.0 * share); }
 
 std::string short_number(double value) {
-  return std::abs(value) < 100.0 ? fmt::format("{:.3f}", value) : fmt::format("{:.4g}", value);
+  const double size = std::abs(value);
+  if (size > 0.0 && size < 0.01) return fmt::format("{:.2g}", value);
+  return size < 100.0 ? fmt::format("{:.3f}", value) : fmt::format("{:.4g}", value);
 }
 
 std::string verdict(const ConversionReport& report) {
-  std::vector<std::string> losses, wins, alone, better;
-  for (const TextReport& text : report.texts)
-    for (const QualityRow& ours : text.rows) {
-      if (!ours.ours) continue;
-      const auto against = [&](const QualityRow& row) {
-        return fmt::format("{} against {} of {} on {}", short_number(ours.kl), short_number(row.kl),
-                           row.method, text.name);
-      };
-      const QualityRow* pruning = best_row(text, ours, is_pruning);
-      const QualityRow* routed = best_row(text, ours, [](const QualityRow& row) {
-        return row.deployable && row.routed && !row.ours;
-      });
-      if (pruning == nullptr)
-        alone.push_back(fmt::format("{} on {}", short_number(ours.kl), text.name));
-      else
-        (pruning->kl < ours.kl ? losses : wins).push_back(against(*pruning));
-      if (routed != nullptr && routed->kl < ours.kl) better.push_back(against(*routed));
-    }
-  const std::string budget = share_percent(report.rho);
-  std::string first;
-  if (!losses.empty()) {
-    first = fmt::format(
-        "Static pruning wins: at {} of the FFN this conversion has KL {}; prune instead, or "
-        "calibrate on text like this.",
-        budget, joined(losses));
-    if (!wins.empty()) first += fmt::format(" It loses elsewhere: {}.", joined(wins));
-  } else if (!wins.empty()) {
-    first = fmt::format(
-        "This conversion beats static pruning on every text: at {} of the FFN its KL is {}.",
-        budget, joined(wins));
-  } else {
-    first = fmt::format(
-        "KL {} at {} of the FFN; no static pruning was measured beside it, so whether routing "
-        "pays is open.",
-        joined(alone), budget);
-  }
-  if (!better.empty()) first += fmt::format(" Another split does better: KL {}.", joined(better));
+  const Comparisons found = compare(report);
+  std::string first = found.routed ? routed_verdict(found, share_percent(report.rho))
+                                   : pruned_verdict(found, share_percent(report.rho));
+  if (!found.better.empty())
+    first += fmt::format(" Another split does better: KL {}.", joined(found.better));
   return first;
 }
 

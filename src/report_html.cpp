@@ -10,10 +10,9 @@
 namespace cleave {
 namespace {
 
-constexpr int kPlotWidth = 820, kPlotHeight = 360;
-constexpr double kLabelHeight = 13.0;    // pixels
-constexpr std::size_t kMostLabels = 22;  // that fit beside a plot; the table has the others
-constexpr double kDarkestLoad = 3.0;     // times an even load; more looks the same
+constexpr int kPlotWidth = 820;
+constexpr double kLabelHeight = 13.0;  // pixels
+constexpr double kDarkestLoad = 3.0;   // times an even load; more looks the same
 
 constexpr const char* kStyle = R"(
 :root{color-scheme:light dark;--bg:#fff;--ink:#1b2130;--soft:#5c6575;--grid:#dfe3ea;--ours:#c2410c;
@@ -30,7 +29,8 @@ th,td{padding:.2rem .5rem;text-align:right;border-bottom:1px solid var(--grid)}
 th.name,td.name{text-align:left}tr.ours td{color:var(--ours);font-weight:600}
 td.bar{background:linear-gradient(90deg,var(--grid) var(--w),transparent var(--w))}
 .scroll{overflow-x:auto}svg{max-width:100%;height:auto;display:block}
-.grid{stroke:var(--grid);fill:none}.note{fill:var(--soft);font-size:11px}
+.grid{stroke:var(--grid);fill:none}.note{fill:var(--soft);font-size:11px;paint-order:stroke;
+stroke:var(--bg);stroke-width:3px;stroke-linejoin:round}
 .line{fill:none;stroke-width:2}.line.ours{stroke:var(--ours)}.line.second{stroke:var(--second)}
 circle.ours{fill:var(--ours)}circle.base{fill:var(--base)}circle.second{fill:var(--second)}
 circle.oracle{fill:var(--bg);stroke:var(--oracle);stroke-width:1.5}
@@ -73,6 +73,11 @@ std::vector<double> spread(std::vector<double> wanted, double bottom) {
   return wanted;
 }
 
+/// Of a plot where every row has a line for its name.
+int plot_height(std::size_t rows) {
+  return std::max(360, static_cast<int>(kLabelHeight * static_cast<double>(rows)) + 70);
+}
+
 /// Names beside the points, on the side that has more room.
 void label_points(const std::vector<const QualityRow*>& rows, SvgPlot& plot) {
   double left = kPlotWidth, right = 0.0;
@@ -84,11 +89,29 @@ void label_points(const std::vector<const QualityRow*>& rows, SvgPlot& plot) {
   const double at = to_right ? right + 34 : left - 34;
   std::vector<double> heights;
   for (const QualityRow* row : rows) heights.push_back(plot.y(row->kl));
-  heights = spread(std::move(heights), kPlotHeight - 46.0);
+  heights = spread(std::move(heights), plot_height(rows.size()) - 46.0);
   for (std::size_t i = 0; i < rows.size(); ++i) {
     plot.leader(plot.x(rows[i]->active_share), plot.y(rows[i]->kl), at, heights[i]);
     plot.text(to_right ? at + 4 : at - 4, heights[i] + 4, rows[i]->method,
               to_right ? "start" : "end");
+  }
+}
+
+bool can_be_drawn(const ActivePoint& point) { return point.kl > 0.0 && std::isfinite(point.kl); }
+
+/// The conversion over its active share, one point for each K.
+void draw_sweep(const TextReport& text, SvgPlot& plot) {
+  std::vector<std::pair<double, double>> points;
+  for (const ActivePoint& point : text.sweep)
+    if (can_be_drawn(point)) points.emplace_back(point.active_share, point.kl);
+  if (points.size() < 2) return;
+  plot.line(points, "ours");
+  for (const ActivePoint& point : text.sweep) {
+    if (!can_be_drawn(point)) continue;
+    const std::string name = fmt::format("K = {}", point.experts_per_token);
+    plot.point(point.active_share, point.kl, "ours",
+               fmt::format("{}: KL {}", name, short_number(point.kl)));
+    plot.text(plot.x(point.active_share), plot.y(point.kl) + 18, name, "middle");
   }
 }
 
@@ -99,10 +122,17 @@ std::string quality_plot(const TextReport& text) {
     if (can_be_drawn(row)) rows.push_back(&row);
   if (rows.empty()) return {};  // nothing but the dense model
   std::stable_sort(rows.begin(), rows.end(), [](auto* a, auto* b) { return a->kl > b->kl; });
+  double least = rows.back()->kl, most = rows.front()->kl;
+  for (const ActivePoint& point : text.sweep)
+    if (can_be_drawn(point)) {
+      least = std::min(least, point.kl);
+      most = std::max(most, point.kl);
+    }
   SvgPlot plot({"share of the dense FFN's multiply-adds, routers included", 0.0, 1.1},
-               {"KL to the dense model, nats", rows.back()->kl / 1.6, rows.front()->kl * 1.6, true},
-               kPlotWidth, kPlotHeight);
-  if (rows.size() <= kMostLabels) label_points(rows, plot);
+               {"KL to the dense model, nats", least / 1.6, most * 1.6, true}, kPlotWidth,
+               plot_height(rows.size()));
+  draw_sweep(text, plot);
+  label_points(rows, plot);
   for (const bool ours : {false, true})  // ours on top
     for (const QualityRow* row : rows)
       if (row->ours == ours)
@@ -118,7 +148,8 @@ std::string line_plot(const ConversionReport& report, const char* label, double 
   const auto draw = [&](double LayerReport::*value, const char* css) {
     std::vector<std::pair<double, double>> points;
     for (const LayerReport& layer : report.layers)
-      points.emplace_back(static_cast<double>(layer.layer), layer.*value);
+      if (value == &LayerReport::relative_error || !layer.load.empty())
+        points.emplace_back(static_cast<double>(layer.layer), layer.*value);
     plot.line(points, css);
     for (const auto& [x, y] : points)
       plot.point(x, y, css, fmt::format("layer {:.0f}: {:.3f}", x, y));
@@ -161,36 +192,45 @@ std::string load_map(const ConversionReport& report) {
 
 std::string layers_part(const ConversionReport& report) {
   if (report.layers.empty()) return {};
-  return fmt::format(
-      "<h2>Error of each layer</h2><p class=\"soft\">Mean of |MoE(x) - FFN(x)|&sup2; / "
-      "|FFN(x)|&sup2;, on the converted model's own stream.</p>{}\n"
-      "<h2>Router against oracle</h2><p class=\"soft\">The oracle takes the experts with the "
-      "largest output. <span class=\"key\" style=\"color:var(--ours)\">share of its experts that "
-      "the router chose</span><span class=\"key\" style=\"color:var(--second)\">energy of the "
-      "chosen over the oracle's</span></p>{}\n"
-      "<h2>Load of the experts</h2><p class=\"soft\">Share of the tokens; full colour: {} times an "
-      "even load or more.</p>{}\n",
-      error_plot(report),
-      line_plot(report, "share", 1.0, &LayerReport::router_recall, &LayerReport::captured_energy),
-      kDarkestLoad, load_map(report));
+  const std::string errors = fmt::format(
+      "<h2>Error of each layer</h2><p class=\"soft\">Mean of |converted(x) - FFN(x)|&sup2; / "
+      "|FFN(x)|&sup2;, on the converted model's own stream.</p>{}\n",
+      error_plot(report));
+  if (std::all_of(report.layers.begin(), report.layers.end(),
+                  [](const LayerReport& layer) { return layer.load.empty(); }))
+    return errors;
+  return errors + fmt::format(
+                      "<h2>Router against oracle</h2><p class=\"soft\">The oracle takes the "
+                      "experts with the "
+                      "largest output. <span class=\"key\" style=\"color:var(--ours)\">share of "
+                      "its experts that "
+                      "the router chose</span><span class=\"key\" "
+                      "style=\"color:var(--second)\">energy of the "
+                      "chosen over the oracle's</span></p>{}\n"
+                      "<h2>Load of the experts</h2><p class=\"soft\">Share of the tokens; full "
+                      "colour: {} times an "
+                      "even load or more.</p>{}\n",
+                      line_plot(report, "share", 1.0, &LayerReport::router_recall,
+                                &LayerReport::captured_energy),
+                      kDarkestLoad, load_map(report));
 }
 
 std::string routers_part(const ConversionReport& report) {
-  const std::vector<const QualityRow*> rows = fitted_rows(report);
+  const std::vector<const QualityRow*> rows = router_rows(report);
   if (rows.empty()) return {};
   std::string out =
-      "<h2>Routers of the baselines</h2><p class=\"soft\">On the calibration text, mean over "
-      "layers: "
+      "<h2>Routers</h2><p class=\"soft\">On the calibration text, mean over layers: "
       "multiply-adds over the dense FFN's, share of the oracle's experts that are chosen, their "
-      "energy over the oracle's.</p>\n<div class=\"scroll\"><table><tr><th "
+      "energy over the oracle's; 1 for an oracle of the largest outputs or energies.</p>\n<div "
+      "class=\"scroll\"><table><tr><th "
       "class=\"name\">method</th>"
       "<th class=\"name\">kind</th><th>multiply-adds</th><th>recall</th><th>captured</th></tr>\n";
   for (const QualityRow* row : rows)
     out += fmt::format(
-        R"(<tr><td class="name">{}</td><td class="name">{}</td><td>{}</td><td>{:.3f}</td><td>{:.3f}</td></tr>)"
+        R"(<tr{}><td class="name">{}</td><td class="name">{}</td><td>{}</td><td>{:.3f}</td><td>{:.3f}</td></tr>)"
         "\n",
-        escape_markup(row->method), row_kind(*row), share_percent(row->router_share),
-        row->router->recall, row->router->captured);
+        row->ours ? R"( class="ours")" : "", escape_markup(row->method), row_kind(*row),
+        router_cost(*row), row->router->recall, row->router->captured);
   return out + "</table></div>\n";
 }
 
@@ -225,8 +265,12 @@ std::string report_html(const ConversionReport& report) {
   for (const TextReport& text : report.texts)
     texts += fmt::format(
         "<h2>{}</h2><p class=\"soft\">{} windows of {} tokens. Hollow points cannot be "
-        "deployed: oracles, and routers that no stock class holds.</p>\n{}{}",
-        escape_markup(text.name), text.windows, text.context, quality_plot(text), table_of(text));
+        "deployed: oracles, and routers that no stock class holds.{}</p>\n{}{}",
+        escape_markup(text.name), text.windows, text.context,
+        text.sweep.size() < 2 ? ""
+                              : " The line is this conversion with other numbers of experts, set "
+                                "at run time; it was repaired for its own.",
+        quality_plot(text), table_of(text));
   return fmt::format(
       "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
       "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">"

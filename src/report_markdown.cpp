@@ -41,6 +41,19 @@ std::string quality_table(const TextReport& text) {
   return out + "\n";
 }
 
+/// The conversion at other K.
+std::string sweep_table(const TextReport& text) {
+  if (text.sweep.empty()) return {};
+  std::string out =
+      "Other numbers of experts, set at run time; `down` was repaired for the conversion's own.\n\n"
+      "| K | rho | FFN multiply-adds | perplexity | KL | top-1 |\n|---|---|---|---|---|---|\n";
+  for (const ActivePoint& point : text.sweep)
+    out += fmt::format("| {} | {:.3g} | {} | {} | {} | {:.3f} |\n", point.experts_per_token,
+                       point.rho, share_percent(point.active_share), short_number(point.perplexity),
+                       short_number(point.kl), point.top1_agreement);
+  return out + "\n";
+}
+
 std::string layer_table(const ConversionReport& report) {
   if (report.layers.empty()) return {};
   std::string out =
@@ -52,6 +65,11 @@ std::string layer_table(const ConversionReport& report) {
       "| layer | error | recall | captured | load entropy | least | most |\n"
       "|---|---|---|---|---|---|---|\n";
   for (const LayerReport& layer : report.layers) {
+    if (layer.load.empty()) {
+      out +=
+          fmt::format("| {} | {:.3f} | - | - | - | - | - |\n", layer.layer, layer.relative_error);
+      continue;
+    }
     const auto E = static_cast<double>(layer.load.size());
     const auto [least, most] = std::minmax_element(layer.load.begin(), layer.load.end());
     out +=
@@ -63,19 +81,18 @@ std::string layer_table(const ConversionReport& report) {
 }
 
 std::string router_table(const ConversionReport& report) {
-  const std::vector<const QualityRow*> rows = fitted_rows(report);
+  const std::vector<const QualityRow*> rows = router_rows(report);
   if (rows.empty()) return {};
   std::string out =
-      "## Routers of the baselines\n\n"
-      "On the calibration text, mean over layers. Recall and captured energy as below; "
-      "multiply-adds "
-      "of the router over the\ndense FFN's.\n\n"
+      "## Routers\n\n"
+      "On the calibration text, mean over layers. Recall and captured energy as below, 1 for an "
+      "oracle of the largest outputs\nor energies; multiply-adds of the router over the dense "
+      "FFN's.\n\n"
       "| method | kind | multiply-adds | recall | captured |\n"
       "|---|---|---|---|---|\n";
   for (const QualityRow* row : rows)
-    out +=
-        fmt::format("| {} | {} | {} | {:.3f} | {:.3f} |\n", cell(row->method), row_kind(*row),
-                    share_percent(row->router_share), row->router->recall, row->router->captured);
+    out += fmt::format("| {} | {} | {} | {:.3f} | {:.3f} |\n", cell(row->method), row_kind(*row),
+                       router_cost(*row), row->router->recall, row->router->captured);
   return out + "\n";
 }
 
@@ -94,7 +111,7 @@ std::string report_markdown(const ConversionReport& report) {
       report.seed, report.dense_macs_per_token, report.macs_per_token,
       report.dense_ffn_macs_per_token, report.ffn_macs_per_token, report.router_macs_per_token);
   out += notice_list(report);
-  for (const TextReport& text : report.texts) out += quality_table(text);
+  for (const TextReport& text : report.texts) out += quality_table(text) + sweep_table(text);
   out += router_table(report) + layer_table(report);
   if (!report.timings_s.empty()) out += "## Time\n\n| what | seconds |\n|---|---|\n";
   for (const auto& [what, seconds] : report.timings_s)

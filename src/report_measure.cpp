@@ -2,6 +2,7 @@
 #include <chrono>
 #include <cmath>
 #include <optional>
+#include <set>
 
 #include "cleave/fit_router.h"
 #include "cleave/report.h"
@@ -29,27 +30,36 @@ class Stopwatch {
 class LayerMeter {
  public:
   LayerMeter(Model& converted, Model& dense, std::int64_t layer)
-      : moe_(converted.moe_layer(layer)),
-        ffn_(dense.dense_ffn(layer)),
-        parallel_(converted.parallel()) {
+      : ffn_(dense.dense_ffn(layer)), parallel_(converted.parallel()) {
     report_.layer = layer;
-    report_.load.assign(static_cast<std::size_t>(moe_.experts.num_experts()), 0.0);
+    if (converted.num_experts(layer) > 0)
+      moe_ = converted.moe_layer(layer);
+    else
+      narrow_ = converted.dense_ffn(layer);
+    report_.load.assign(static_cast<std::size_t>(converted.num_experts(layer)), 0.0);
   }
+  /// Whether the conversion changed the layer's shape.
+  bool changed() const { return moe_ || narrow_.hidden != ffn_.hidden; }
 
   /// Adds a window. x [T, D]   y [T, D], written: the layer's output
   void run(MatrixView<const float> x, MatrixView<float> y) {
-    const std::int64_t T = x.rows, D = x.cols, E = moe_.experts.num_experts();
+    const std::int64_t T = x.rows, D = x.cols;
     Routing routing;
     std::fill_n(y.data, T * D, 0.0f);
-    moe_.forward(x, y, parallel_, &routing);
-    std::vector<float> target(static_cast<std::size_t>(T * D)),
-        norms(static_cast<std::size_t>(T * E));
+    if (moe_)
+      moe_->forward(x, y, parallel_, &routing);
+    else
+      dense_ffn(narrow_.view(), x, y, parallel_);
+    if (!changed()) return;
+    std::vector<float> target(static_cast<std::size_t>(T * D));
     dense_ffn(ffn_.view(), x, {target.data(), T, D}, parallel_);
-    expert_output_norms(moe_.experts, x, {norms.data(), T, E}, parallel_);
-    for (std::int64_t t = 1; t < T; ++t) {  // position 0 is an attention sink
-      add_error(y.row(t), target.data() + t * D, D);
-      add_routing(routing, t, norms.data() + t * E);
-    }
+    // Position 0 is an attention sink.
+    for (std::int64_t t = 1; t < T; ++t) add_error(y.row(t), target.data() + t * D, D);
+    if (!moe_) return;
+    const std::int64_t E = moe_->experts.num_experts();
+    std::vector<float> norms(static_cast<std::size_t>(T * E));
+    expert_output_norms(moe_->experts, x, {norms.data(), T, E}, parallel_);
+    for (std::int64_t t = 1; t < T; ++t) add_routing(routing, t, norms.data() + t * E);
   }
 
   LayerReport result() {
@@ -60,7 +70,7 @@ class LayerMeter {
       if (share > 0.0) report_.load_entropy -= share * std::log(share);
     }
     report_.relative_error = error_ / std::max(error_tokens_, 1.0);
-    report_.router_recall = recall_ / std::max(tokens_, 1.0);
+    report_.router_recall = moe_ ? recall_ / std::max(tokens_, 1.0) : 1.0;
     report_.captured_energy = oracle_energy_ > 0.0 ? energy_ / oracle_energy_ : 1.0;
     return report_;
   }
@@ -101,8 +111,8 @@ class LayerMeter {
     tokens_ += 1.0;
   }
 
-  MoeLayer moe_;
-  DenseFfn ffn_;
+  std::optional<MoeLayer> moe_;
+  DenseFfn narrow_, ffn_;  // without experts: the converted model's; the dense model's
   ParallelFor parallel_;
   LayerReport report_;
   double error_ = 0.0, error_tokens_ = 0.0, recall_ = 0.0, tokens_ = 0.0;
@@ -110,8 +120,11 @@ class LayerMeter {
 };
 
 void check_models(const ModelConfig& converted, const ModelConfig& dense) {
-  if (!converted.is_moe())
-    fail_argument("report: the model has no experts; give a converted model, then the dense one");
+  if (!converted.is_moe() && converted.intermediate_size >= dense.intermediate_size)
+    fail_argument(
+        "report: the model has no experts, and FFNs of {} neurons as the dense one's {}; give a "
+        "converted model, then the dense one",
+        converted.intermediate_size, dense.intermediate_size);
   if (dense.is_moe())
     fail_argument("report: the second model holds experts; give the dense one it was made of");
   if (converted.hidden_size != dense.hidden_size || converted.num_layers != dense.num_layers ||
@@ -155,6 +168,18 @@ QualityRow row(const std::string& method, double rho, double active_share,
   return row;
 }
 
+RouterQuality mean_quality(const std::vector<LayerReport>& layers) {
+  RouterQuality mean{0.0, 0.0};
+  double routed = 0.0;
+  for (const LayerReport& layer : layers) {
+    if (layer.load.empty()) continue;
+    routed += 1.0;
+    mean.recall += layer.router_recall;
+    mean.captured += layer.captured_energy;
+  }
+  return {mean.recall / routed, mean.captured / routed};
+}
+
 TokenWindows first_tokens(const TokenWindows& text, std::int64_t tokens) {
   const std::int64_t windows =
       std::clamp<std::int64_t>(tokens / text.context, 1, std::max<std::int64_t>(text.count(), 1));
@@ -172,76 +197,159 @@ std::vector<LayerReport> measure_layers(Model& converted, Model& dense, const To
   const MatrixView<float> y(output.data(), text.context, converted.config().hidden_size);
   std::vector<LayerReport> layers;
   for (std::int64_t l = 0; l < converted.config().num_layers; ++l) {
-    if (converted.num_experts(l) == 0) {
-      const DenseFfn ffn = converted.dense_ffn(l);
-      for (std::int64_t w = 0; w < stream.num_windows(); ++w) {
-        const MatrixView<const float> x = stream.attend(l, w);
-        std::fill(output.begin(), output.end(), 0.0f);
-        dense_ffn(ffn.view(), x, y, converted.parallel());
-        stream.add(w, y);
-      }
-      continue;
-    }
     LayerMeter meter(converted, dense, l);
     for (std::int64_t w = 0; w < stream.num_windows(); ++w) {
       meter.run(stream.attend(l, w), y);
       stream.add(w, y);
     }
-    layers.push_back(meter.result());
+    if (meter.changed()) layers.push_back(meter.result());
   }
   return layers;
 }
+
+namespace {
+
+/// A few K on both sides of a model's own, ascending.
+std::vector<std::int64_t> swept_counts(std::int64_t own, std::int64_t experts) {
+  std::set<std::int64_t> counts = {std::max<std::int64_t>(own / 4, 1),
+                                   std::max<std::int64_t>(own / 2, 1), own, (own + experts) / 2,
+                                   experts};
+  return {counts.begin(), counts.end()};
+}
+
+/// What a report is made of, one part after the other.
+class Measurement {
+ public:
+  Measurement(Model& converted, Model& dense, const ReportSpec& spec,
+              const BaselineProgress& progress)
+      : converted_(converted), dense_(dense), spec_(spec), progress_(progress) {
+    report_.tool_version = kVersion;
+    report_.seed = spec.seed;
+    report_.threads = converted.threads();
+    report_.instruction_set = isa_name();
+    set_costs(converted.config(), dense.config(), report_);
+  }
+
+  ConversionReport run(std::span<const NamedText> texts, const TokenWindows* calibration) {
+    if (calibration != nullptr && spec_.baselines != BaselineSet::kNone) prepare(*calibration);
+    for (const NamedText& text : texts) measure(text);
+    report_.layers =
+        measure_layers(converted_, dense_, first_tokens(texts.front().windows, spec_.layer_tokens));
+    report_.timings_s.emplace_back("measuring the layers", watch_.lap());
+    if (routed() && spec_.baselines != BaselineSet::kNone) sweep(texts);
+    return std::move(report_);
+  }
+
+ private:
+  bool routed() const { return converted_.config().is_moe(); }
+
+  void prepare(const TokenWindows& calibration) {
+    const auto specs = baseline_specs(spec_.baselines, dense_.config().intermediate_size,
+                                      std::min(report_.rho, 1.0), spec_.seed);
+    baselines_ = prepare_baselines(dense_, calibration, specs, progress_);
+    report_.calibration_tokens = calibration.count() * calibration.context;
+    if (routed())
+      router_ = mean_quality(
+          measure_layers(converted_, dense_, first_tokens(calibration, spec_.layer_tokens)));
+    report_.timings_s.emplace_back("preparing the baselines", watch_.lap());
+  }
+
+  void measure(const NamedText& text) {
+    TextReport result = start_text(text);
+    say("dense on " + text.name, 0, 2);
+    states_.push_back(hidden_states(dense_, text.windows));
+    const HiddenStates& states = states_.back();
+    result.rows.push_back(
+        row("dense", 1.0, 1.0,
+            evaluate(dense_, text.windows,
+                     {.reference = &dense_, .reference_states = &states, .states = &states})));
+    say("conversion on " + text.name, 1, 2);
+    result.rows.push_back(conversion_row(text.windows, states));
+    if (routed() && spec_.baselines != BaselineSet::kNone)
+      result.rows.push_back(oracle_row(text.windows, states));
+    report_.timings_s.emplace_back("both models on " + text.name, watch_.lap());
+    for (QualityRow& measured :
+         measure_baselines(dense_, baselines_, text.windows, states, progress_))
+      result.rows.push_back(std::move(measured));
+    if (!baselines_.empty())
+      report_.timings_s.emplace_back("baselines on " + text.name, watch_.lap());
+    report_.texts.push_back(std::move(result));
+  }
+
+  QualityRow conversion_row(const TokenWindows& text, const HiddenStates& states) {
+    const double router_share = static_cast<double>(report_.router_macs_per_token) /
+                                static_cast<double>(report_.dense_ffn_macs_per_token);
+    QualityRow ours =
+        row("this conversion", report_.rho, report_.rho + router_share,
+            evaluate(converted_, text, {.reference = &dense_, .reference_states = &states}));
+    ours.ours = true;
+    ours.routed = routed();
+    ours.router = router_;
+    ours.router_share = router_share;
+    return ours;
+  }
+
+  QualityRow oracle_row(const TokenWindows& text, const HiddenStates& states) {
+    const HiddenStates own = oracle_states(converted_, text);
+    QualityRow oracle =
+        row("this conversion, oracle router", report_.rho, report_.rho,
+            evaluate(converted_, text,
+                     {.reference = &dense_, .reference_states = &states, .states = &own}));
+    oracle.deployable = false;
+    oracle.routed = true;
+    oracle.router = RouterQuality{1.0, 1.0};
+    return oracle;
+  }
+
+  /// Last, since it leaves the gates exactly hard.
+  void sweep(std::span<const NamedText> texts) {
+    const std::int64_t own = converted_.config().experts_per_token;
+    const auto counts = swept_counts(own, converted_.config().num_experts);
+    for (std::size_t i = 0; i < counts.size(); ++i) {
+      say("other numbers of experts", static_cast<std::int64_t>(i) + 1,
+          static_cast<std::int64_t>(counts.size()));
+      converted_.set_active_experts(counts[i]);
+      const ModelCost cost = model_cost(converted_.config());
+      const auto dense_macs = static_cast<double>(report_.dense_ffn_macs_per_token);
+      const double rho = static_cast<double>(cost.ffn_macs_per_token) / dense_macs;
+      const double router = static_cast<double>(cost.router_macs_per_token) / dense_macs;
+      for (std::size_t t = 0; t < texts.size(); ++t) {
+        TextReport& text = report_.texts[t];
+        const auto point = [&](const auto& of) {
+          return ActivePoint{counts[i], rho, rho + router, of.perplexity, of.kl, of.top1_agreement};
+        };
+        text.sweep.push_back(counts[i] == own ? point(text.rows[1])
+                                              : point(evaluate(converted_, texts[t].windows,
+                                                               {.reference = &dense_,
+                                                                .reference_states = &states_[t]})));
+      }
+    }
+    converted_.set_active_experts(own);
+    report_.timings_s.emplace_back("other numbers of experts", watch_.lap());
+  }
+
+  void say(const std::string& what, std::int64_t done, std::int64_t all) const {
+    if (progress_) progress_(what, done, all);
+  }
+
+  Model &converted_, &dense_;
+  const ReportSpec& spec_;
+  const BaselineProgress& progress_;
+  Stopwatch watch_;
+  ConversionReport report_;
+  std::vector<Baseline> baselines_;
+  std::vector<HiddenStates> states_;     // [texts], of the dense model
+  std::optional<RouterQuality> router_;  // of the conversion, on the calibration text
+};
+
+}  // namespace
 
 ConversionReport make_report(Model& converted, Model& dense, std::span<const NamedText> texts,
                              const TokenWindows* calibration, const ReportSpec& spec,
                              const BaselineProgress& progress) {
   check_models(converted.config(), dense.config());
   if (texts.empty()) fail_argument("report: no text was given; expected at least one");
-  ConversionReport report;
-  report.tool_version = kVersion;
-  report.seed = spec.seed;
-  report.threads = converted.threads();
-  report.instruction_set = isa_name();
-  set_costs(converted.config(), dense.config(), report);
-  const double active_share =
-      static_cast<double>(report.ffn_macs_per_token + report.router_macs_per_token) /
-      static_cast<double>(report.dense_ffn_macs_per_token);
-  const auto say = [&](const std::string& what, std::int64_t done, std::int64_t all) {
-    if (progress) progress(what, done, all);
-  };
-
-  Stopwatch watch;
-  std::vector<Baseline> baselines;
-  if (calibration != nullptr && spec.baselines != BaselineSet::kNone) {
-    const auto specs = baseline_specs(spec.baselines, dense.config().intermediate_size,
-                                      std::min(report.rho, 1.0), spec.seed);
-    baselines = prepare_baselines(dense, *calibration, specs, progress);
-    report.calibration_tokens = calibration->count() * calibration->context;
-    report.timings_s.emplace_back("preparing the baselines", watch.lap());
-  }
-  for (const NamedText& text : texts) {
-    TextReport result = start_text(text);
-    say("dense on " + text.name, 0, 2);
-    const HiddenStates states = hidden_states(dense, text.windows);
-    result.rows.push_back(
-        row("dense", 1.0, 1.0,
-            evaluate(dense, text.windows,
-                     {.reference = &dense, .reference_states = &states, .states = &states})));
-    say("conversion on " + text.name, 1, 2);
-    result.rows.push_back(
-        row("this conversion", report.rho, active_share,
-            evaluate(converted, text.windows, {.reference = &dense, .reference_states = &states})));
-    result.rows.back().ours = result.rows.back().routed = true;
-    report.timings_s.emplace_back("both models on " + text.name, watch.lap());
-    for (QualityRow& measured : measure_baselines(dense, baselines, text.windows, states, progress))
-      result.rows.push_back(std::move(measured));
-    if (!baselines.empty()) report.timings_s.emplace_back("baselines on " + text.name, watch.lap());
-    report.texts.push_back(std::move(result));
-  }
-  report.layers =
-      measure_layers(converted, dense, first_tokens(texts.front().windows, spec.layer_tokens));
-  report.timings_s.emplace_back("measuring the layers", watch.lap());
-  return report;
+  return Measurement(converted, dense, spec, progress).run(texts, calibration);
 }
 
 }  // namespace cleave

@@ -9,7 +9,7 @@
 namespace cleave {
 
 std::string share_percent(double share);  ///< "50 %"
-std::string short_number(double value);   ///< "0.383", "2494"
+std::string short_number(double value);   ///< "0.0044", "0.383", "2494"
 
 /// What kind of row it is, in a word or two.
 inline const char* row_kind(const QualityRow& row) {
@@ -20,9 +20,14 @@ inline const char* row_kind(const QualityRow& row) {
   return row.rho < 1.0 ? "pruning" : "dense";
 }
 
-/// The baselines whose routers were fitted. That happened on the calibration text, so any text's
-/// rows tell the same.
-inline std::vector<const QualityRow*> fitted_rows(const ConversionReport& report) {
+/// What its router costs; an oracle could not be run at any price.
+inline std::string router_cost(const QualityRow& row) {
+  return row.router_share > 0.0 ? share_percent(row.router_share) : "-";
+}
+
+/// The rows whose routers were measured. That happened on the calibration text, so any text's rows
+/// tell the same.
+inline std::vector<const QualityRow*> router_rows(const ConversionReport& report) {
   std::vector<const QualityRow*> rows;
   if (report.texts.empty()) return rows;
   for (const QualityRow& row : report.texts.front().rows)

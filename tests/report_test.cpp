@@ -111,6 +111,47 @@ TEST(Report, AnOracleOrALargerBudgetIsNoPruningThatWins) {
             std::string::npos);
 }
 
+TEST(Report, OfPruningItComparesWithOtherPruning) {
+  ConversionReport report = example_report(0.9);
+  for (TextReport& text : report.texts) {
+    text.rows[1].routed = false;
+    text.rows.push_back(quality("static mask, refitted", 0.4999, true, false));  // the same model
+  }
+  EXPECT_EQ(verdict(report),
+            "No other pruning does better: at 50 % of the FFN this conversion, which routes "
+            "nothing, has KL 0.500 against 0.500 of static mask, refitted on wiki; 0.500 against "
+            "0.500 of static mask, refitted on stories | more.");
+  report.texts[1].rows.back().kl = 0.45;
+  EXPECT_EQ(verdict(report),
+            "Other pruning wins: at 50 % of the FFN this conversion, which routes nothing, has KL "
+            "0.500 against 0.450 of static mask, refitted on stories | more.");
+  for (TextReport& text : report.texts) text.rows.resize(2);
+  EXPECT_TRUE(verdict(report).ends_with("no other pruning was measured beside it."));
+}
+
+TEST(Report, OtherNumbersOfExpertsAreACurve) {
+  ConversionReport report = example_report(0.9);
+  report.layers.clear();
+  EXPECT_EQ(report_html(report).find("class=\"line ours\""), std::string::npos);
+  report.texts[0].sweep = {{4, 0.25, 0.26, 50.0, 1.5, 0.25},
+                           {8, 0.5, 0.51, 30.0, 0.5, 0.5},
+                           {16, 1.0, 1.01, 22.0, 0.125, 0.75}};
+  const std::string html = report_html(report), line = "<path class=\"line ours\" d=\"M";
+  const auto at = html.find(line);
+  ASSERT_NE(at, std::string::npos);
+  EXPECT_EQ(html.find(line, at + 1), std::string::npos);  // the other text has none
+  const std::string path = html.substr(at, html.find('/', at) - at);
+  EXPECT_EQ(std::count(path.begin(), path.end(), 'L'), 2) << path;
+  EXPECT_NE(html.find("<title>K = 16: KL 0.125</title>"), std::string::npos);
+  const auto sweep = nlohmann::json::parse(report_json(report)).at("texts").at(0).at("sweep");
+  ASSERT_EQ(sweep.size(), 3u);
+  EXPECT_EQ(sweep[2].at("experts_per_token"), 16);
+  EXPECT_EQ(sweep[2].at("kl"), 0.125);
+  EXPECT_EQ(sweep[2].at("active_share"), 1.01);
+  EXPECT_NE(report_markdown(report).find("| 16 | 1 | 101 % | 22.000 | 0.125 | 0.750 |"),
+            std::string::npos);
+}
+
 TEST(Report, WithoutBaselinesItClaimsNothing) {
   ConversionReport report = example_report(0.9);
   for (TextReport& text : report.texts) text.rows.resize(2);
@@ -233,14 +274,15 @@ class ReportOfAModel : public ::testing::Test {
 
 TEST_F(ReportOfAModel, MeasuresTheWrittenModelAndItsBaselines) {
   Model moe = converted(4), teacher = dense();
+  const double expected = evaluate(moe, text_.windows, &teacher).kl;
   const ConversionReport report = make_report(moe, teacher, {&text_, 1}, &text_.windows, {});
   EXPECT_DOUBLE_EQ(report.rho, 0.5);
   ASSERT_EQ(report.texts.size(), 1u);
   const auto& rows = report.texts[0].rows;
-  ASSERT_EQ(rows.size(), 10u);
+  ASSERT_EQ(rows.size(), 11u);
   EXPECT_EQ(rows[0].kl, 0.0);
   EXPECT_TRUE(rows[1].ours);
-  EXPECT_NEAR(rows[1].kl, evaluate(moe, text_.windows, &teacher).kl, 1e-12);
+  EXPECT_NEAR(rows[1].kl, expected, 1e-12);
   EXPECT_GT(rows[1].kl, 0.0);
   for (const QualityRow& row : rows) {
     EXPECT_DOUBLE_EQ(row.rho, row.method == "dense" ? 1.0 : 0.5) << row.method;

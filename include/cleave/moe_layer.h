@@ -30,6 +30,9 @@ struct MoeLayer {
   /// @throws InvalidArgument  shapes disagree, a router logit is NaN, or `shared` is not one slice
   void forward(MatrixView<const float> x, MatrixView<float> y, const ParallelFor& parallel,
                Routing* routing_out = nullptr) const;
+  /// The same with a routing from elsewhere (an oracle's, say) in the router's place.
+  void forward_routed(MatrixView<const float> x, const Routing& routing, MatrixView<float> y,
+                      const ParallelFor& parallel) const;
 };
 
 }  // namespace cleave

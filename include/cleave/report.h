@@ -19,15 +19,26 @@ struct NamedText {
   TokenWindows windows;
 };
 
+/// The conversion with another K: see Model::set_active_experts(). `down` was repaired for its own.
+struct ActivePoint {
+  std::int64_t experts_per_token = 0;  ///< K
+  double rho = 1.0, active_share = 1.0, perplexity = 0.0, kl = 0.0, top1_agreement = 1.0;
+};
+
 /// All rows of one text. The first is the dense model, the next the conversion.
 struct TextReport {
   std::string name;
   std::int64_t windows = 0, context = 0, tokens = 0;
   std::vector<QualityRow> rows;
+  /// By rising K, the conversion's own among them; empty where nothing is routed or it was not
+  /// asked for.
+  std::vector<ActivePoint> sweep = {};
 };
 
 /// One converted layer on a sample of a text, on the converted model's own stream. The oracle picks
 /// the K routed experts with the largest |expert_e(x)|. The first token of each window is left out.
+/// Of a layer that has no experts and fewer neurons than the dense one, only the error says
+/// something: `load` is empty, recall and captured energy are 1.
 struct LayerReport {
   std::int64_t layer = 0;
   double relative_error = 0.0;  ///< mean of |MoE(x) - FFN(x)|^2 / |FFN(x)|^2
@@ -53,7 +64,7 @@ struct ConversionReport {
   int threads = 0;
   std::string instruction_set;
   std::vector<TextReport> texts;
-  std::vector<LayerReport> layers;                        ///< only those with experts
+  std::vector<LayerReport> layers;  ///< only those with experts or fewer neurons than before
   std::vector<std::pair<std::string, double>> timings_s;  ///< what took how long, seconds
 };
 
@@ -65,18 +76,29 @@ struct ReportSpec {
 
 /// Measures a converted model, its layers and the baselines at its budget.
 ///
-/// Costs one forward pass of both models a text, one a baseline and text, the preparation of the
-/// baselines (see prepare_baselines()) and a few passes over `layer_tokens` tokens. Names, settings
-/// and calibration are left for the caller to fill in.
+/// Costs one forward pass of both models a text, one a baseline and text, with baselines four more
+/// for other K, the preparation of the baselines (see prepare_baselines()) and a few passes over
+/// `layer_tokens` tokens. Holds the dense model's hidden states, 4 D bytes a token of the texts.
+/// Names, settings and calibration are left for the caller to fill in.
 ///
-/// @param calibration  nullptr: no baselines, whatever the spec says
-/// @throws InvalidArgument  the models' D, L or V differ, or `converted` has no experts
+/// @param converted    its K is the same again at the end; its gates may be exactly hard from then
+///                     on (see Model::set_active_experts())
+/// @param calibration  nullptr: no baseline that is fitted, whatever the spec says; the router
+///                     oracle of the conversion and other K need none
+/// @throws InvalidArgument  the models' D, L or V differ, or `converted` has neither experts nor
+///                          fewer neurons than `dense`
 ConversionReport make_report(Model& converted, Model& dense, std::span<const NamedText> texts,
                              const TokenWindows* calibration, const ReportSpec& spec,
                              const BaselineProgress& progress = {});
 
-/// Layer by layer; dense layers are left out. @param text  at most a few thousand tokens
+/// Layer by layer; layers of the same shape as the dense model's are left out. @param text  at most
+/// a few thousand tokens
 std::vector<LayerReport> measure_layers(Model& converted, Model& dense, const TokenWindows& text);
+
+/// Final norm outputs of a converted model whose routers are oracles: each token gets the K experts
+/// of most energy, sum over the expert's neurons of h_j^2 |d_j|^2, on the stream that results; all
+/// else is as the model has it, the weights of chosen experts too. What the routers still cost.
+HiddenStates oracle_states(Model& converted, const TokenWindows& text);
 
 /// The first line of a report. If a static mask or pruning of at most the same budget has lower KL
 /// than the conversion on any text, it says so.

@@ -297,10 +297,11 @@ void check_report(const ConvertOptions& options, const CLI::App& command,
     throw InvalidArgument(
         "--baselines: they are fitted on text; give --calibration FILE, or --baselines none");
   const std::int64_t hidden = source.config().intermediate_size;
-  if (options.active_share > 0.0 && divide_budget(hidden, make_budget(options, hidden)).active == 0)
+  if (options.active_share > 0.0 &&
+      divide_budget(hidden, make_budget(options, hidden)).shared == hidden)
     throw InvalidArgument(
-        "--baselines: a report is about experts, and all that run here are shared; give a smaller "
-        "--shared, or --baselines none");
+        "--baselines: all neurons run for every token, so there is nothing to report on; give a "
+        "smaller --active-share, or --baselines none");
 }
 
 }  // namespace cleave::cli

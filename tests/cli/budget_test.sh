@@ -24,6 +24,8 @@ expect 0 $convert --active-share 0.5 --quiet --json --baselines quick --text sho
 says out.txt '"verdict"'
 says out.txt '^    "layers 0 to 3 are under-determined' # "notices" of the conversion
 says out/report/report.md 'FLAP'
+says out/report/report.md 'this conversion, oracle router'
+says out/report/report.md 'static mask, refitted'
 sed -n '/"calibration": {/,/}/p' out.txt | grep -q '"tokens": 1280' || fail "the baselines learned from another text"
 expect 0 $cleave run out --prompt Once --max-tokens 4
 evaluate="$cleave eval out --text short.txt --context 256 --quiet --json"
@@ -40,8 +42,9 @@ says err.txt 'give --calibration'
 expect 2 $evaluate --calibration short.txt
 says err.txt 'give that as well'
 
-expect 0 $convert --active-share 0.5 --shared 16 --quiet
+expect 0 $convert --active-share 0.5 --shared 16 --quiet --json --baselines quick --text short.txt
 says out/config.json 'LlamaForCausalLM'
+says out.txt 'this conversion, which routes nothing, has KL'
 expect 0 $convert --active-share 0.5 --shared 0 --quiet --refit off --router ridge
 says out/config.json 'MixtralForCausalLM'
 expect 0 $convert --active-share 0.25 --experts 16 --quiet --json
@@ -153,8 +156,8 @@ expect 2 $convert --active-share 0.5 --baselines quick
 says err.txt 'give --text'
 expect 2 $convert --active-share 0.5 --text "$text"
 says err.txt 'give --baselines'
-expect 2 $convert --active-share 0.5 --shared 16 --baselines quick --text "$text"
-says err.txt 'smaller --shared'
+expect 2 $convert --active-share 1 --shared 32 --baselines quick --text "$text"
+says err.txt 'smaller --active-share'
 expect 2 $convert --active-share 0.5 --baselines many --text "$text"
 says err.txt 'choose one of none, quick, all'
 expect 2 $convert --active-share 0.016
