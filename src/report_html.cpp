@@ -10,7 +10,7 @@
 namespace cleave {
 namespace {
 
-constexpr int kPlotWidth = 820;
+constexpr int kPlotWidth = 920, kNameWidth = 340;
 constexpr double kLabelHeight = 13.0;  // pixels
 constexpr double kDarkestLoad = 3.0;   // times an even load; more looks the same
 
@@ -26,7 +26,7 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.2rem}
 .soft,caption{color:var(--soft)}caption{text-align:left;padding-bottom:.3rem}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .5rem;text-align:right;border-bottom:1px solid var(--grid)}
-th.name,td.name{text-align:left}tr.ours td{color:var(--ours);font-weight:600}
+th.name,td.name{text-align:left}td.name+td.name{white-space:nowrap}tr.ours td{color:var(--ours);font-weight:600}
 td.bar{background:linear-gradient(90deg,var(--grid) var(--w),transparent var(--w))}
 .scroll{overflow-x:auto}svg{max-width:100%;height:auto;display:block}
 .grid{stroke:var(--grid);fill:none}.note{fill:var(--soft);font-size:11px;paint-order:stroke;
@@ -78,22 +78,15 @@ int plot_height(std::size_t rows) {
   return std::max(360, static_cast<int>(kLabelHeight * static_cast<double>(rows)) + 70);
 }
 
-/// Names beside the points, on the side that has more room.
+/// Names in the margin, each with a line to its point.
 void label_points(const std::vector<const QualityRow*>& rows, SvgPlot& plot) {
-  double left = kPlotWidth, right = 0.0;
-  for (const QualityRow* row : rows) {
-    left = std::min(left, plot.x(row->active_share));
-    right = std::max(right, plot.x(row->active_share));
-  }
-  const bool to_right = kPlotWidth - right > left;
-  const double at = to_right ? right + 34 : left - 34;
   std::vector<double> heights;
   for (const QualityRow* row : rows) heights.push_back(plot.y(row->kl));
   heights = spread(std::move(heights), plot_height(rows.size()) - 46.0);
+  const double at = kPlotWidth - kNameWidth + 6;
   for (std::size_t i = 0; i < rows.size(); ++i) {
     plot.leader(plot.x(rows[i]->active_share), plot.y(rows[i]->kl), at, heights[i]);
-    plot.text(to_right ? at + 4 : at - 4, heights[i] + 4, rows[i]->method,
-              to_right ? "start" : "end");
+    plot.text(at + 4, heights[i] + 4, rows[i]->method, "start");
   }
 }
 
@@ -111,7 +104,10 @@ void draw_sweep(const TextReport& text, SvgPlot& plot) {
     const std::string name = fmt::format("K = {}", point.experts_per_token);
     plot.point(point.active_share, point.kl, "ours",
                fmt::format("{}: KL {}", name, short_number(point.kl)));
-    plot.text(plot.x(point.active_share), plot.y(point.kl) + 18, name, "middle");
+    if (std::none_of(text.rows.begin(), text.rows.end(), [&](const QualityRow& row) {
+          return row.ours && row.active_share == point.active_share;
+        }))
+      plot.text(plot.x(point.active_share) - 8, plot.y(point.kl) + 16, name, "end");
   }
 }
 
@@ -130,9 +126,9 @@ std::string quality_plot(const TextReport& text) {
     }
   SvgPlot plot({"share of the dense FFN's multiply-adds, routers included", 0.0, 1.1},
                {"KL to the dense model, nats", least / 1.6, most * 1.6, true}, kPlotWidth,
-               plot_height(rows.size()));
-  draw_sweep(text, plot);
+               plot_height(rows.size()), kNameWidth);
   label_points(rows, plot);
+  draw_sweep(text, plot);
   for (const bool ours : {false, true})  // ours on top
     for (const QualityRow* row : rows)
       if (row->ours == ours)

@@ -8,7 +8,7 @@
 namespace cleave {
 namespace {
 
-constexpr int kLeft = 56, kRight = 16, kTop = 12, kBottom = 40;  // pixels around the data
+constexpr int kLeft = 56, kTop = 12, kBottom = 40;  // pixels around the data
 
 double position(const PlotAxis& axis, double value) {
   return axis.logarithmic ? std::log(value / axis.from) / std::log(axis.to / axis.from)
@@ -54,13 +54,13 @@ std::vector<double> axis_ticks(const PlotAxis& axis) {
   return ticks;
 }
 
-SvgPlot::SvgPlot(PlotAxis x, PlotAxis y, int width, int height)
-    : x_(std::move(x)), y_(std::move(y)), width_(width), height_(height) {
+SvgPlot::SvgPlot(PlotAxis x, PlotAxis y, int width, int height, int right)
+    : x_(std::move(x)), y_(std::move(y)), width_(width), height_(height), right_(right) {
   draw_axes();
 }
 
 double SvgPlot::x(double value) const {
-  return kLeft + position(x_, value) * (width_ - kLeft - kRight);
+  return kLeft + position(x_, value) * (width_ - kLeft - right_);
 }
 double SvgPlot::y(double value) const {
   return height_ - kBottom - position(y_, value) * (height_ - kTop - kBottom);
@@ -74,10 +74,10 @@ void SvgPlot::draw_axes() {
   }
   for (const double tick : axis_ticks(y_)) {
     body_ +=
-        fmt::format(R"(<path class="grid" d="M{} {:.1f}H{}"/>)", kLeft, y(tick), width_ - kRight);
+        fmt::format(R"(<path class="grid" d="M{} {:.1f}H{}"/>)", kLeft, y(tick), width_ - right_);
     text(kLeft - 6, y(tick) + 4, fmt::format("{:.6g}", tick), "end");
   }
-  text((kLeft + width_ - kRight) / 2.0, height_ - 6, x_.label, "middle");
+  text((kLeft + width_ - right_) / 2.0, height_ - 6, x_.label, "middle");
   body_ += fmt::format(
       R"~(<text class="note" transform="translate(13 {:.1f}) rotate(-90)" text-anchor="middle">{}</text>)~",
       (kTop + height_ - kBottom) / 2.0, escape_markup(y_.label));

@@ -20,7 +20,8 @@ struct PlotAxis {
 /// `grid`, `note` for what surrounds the data, and whatever the caller names.
 class SvgPlot {
  public:
-  SvgPlot(PlotAxis x, PlotAxis y, int width, int height);
+  /// @param right  pixels beside the data; more than usual leaves room for words
+  SvgPlot(PlotAxis x, PlotAxis y, int width, int height, int right = 16);
 
   /// Pixel coordinates of a value.
   double x(double value) const;
@@ -40,7 +41,7 @@ class SvgPlot {
  private:
   void draw_axes();
   PlotAxis x_, y_;
-  int width_, height_;
+  int width_, height_, right_;
   std::string body_;
 };
 
