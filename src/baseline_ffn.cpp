@@ -90,6 +90,8 @@ void router_scores(const BaselineSpec& spec, const BaselineLayer& layer, MatrixV
                    MatrixView<float> scores, const ParallelFor& parallel) {
   if (spec.router == BaselineRouter::kRegression)
     regression_scores(layer.regression, x, scores, parallel);
+  else if (spec.router == BaselineRouter::kMass)
+    mass_scores(layer.mass, x, scores, parallel);
   else
     linear(x, layer.router.view(), layer.router_bias, scores, parallel);
 }

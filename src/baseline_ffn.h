@@ -33,7 +33,7 @@ void expert_squares(const ExpertSplit& split, MatrixView<const float> h,
 void choose_largest(MatrixView<const float> scores, std::int64_t experts_per_token,
                     std::uint8_t* on, const ParallelFor& parallel);
 
-/// The scores of a router that reads x alone: linear ones and kRegression.
+/// The scores of a router that reads x alone: linear ones, kRegression and kMass.
 ///   x [T, D]   scores [T, E], written
 void router_scores(const BaselineSpec& spec, const BaselineLayer& layer, MatrixView<const float> x,
                    MatrixView<float> scores, const ParallelFor& parallel);

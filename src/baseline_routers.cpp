@@ -73,7 +73,7 @@ void SideBySideRidge::solve(std::int64_t begin, std::int64_t num_experts, Baseli
 
 BaselineRouters::BaselineRouters(const FfnView& ffn, std::span<const BaselinePartition> partitions,
                                  std::span<const Baseline> baselines, std::int64_t tokens)
-    : tokens_(tokens), plain_(ffn.up.cols, false), biased_(ffn.up.cols, true) {
+    : ffn_(ffn), tokens_(tokens), plain_(ffn.up.cols, false), biased_(ffn.up.cols, true) {
   for (const BaselinePartition& partition : partitions) {
     const auto wanted = [&](auto&& condition) {
       return std::any_of(baselines.begin(), baselines.end(), [&](const Baseline& b) {
@@ -130,13 +130,17 @@ const BaselineRouters::Group& BaselineRouters::group_of(const BaselineSpec& spec
                        [&](const Group& g) { return g.key == key_of(spec); });
 }
 
-void BaselineRouters::solve(const BaselineSpec& spec, const Group& group, BaselineLayer& into) {
+void BaselineRouters::solve(const BaselineSpec& spec, const Group& group, MatrixView<const float> x,
+                            BaselineLayer& into, const ParallelFor& parallel) {
+  const std::int64_t E = group.split.num_experts;
   if (spec.router == BaselineRouter::kRegression)
     into.regression = *group.learned;
   else if (spec.router == BaselineRouter::kRidge)
-    plain_.solve(group.plain, group.split.num_experts, into);
+    plain_.solve(group.plain, E, into);
   else if (spec.router == BaselineRouter::kRidgeBias)
-    biased_.solve(group.biased, group.split.num_experts, into);
+    biased_.solve(group.biased, E, into);
+  else if (spec.router == BaselineRouter::kMass)
+    into.mass = fit_mass_router(ffn_, into.expert_of_neuron, E, x, spec.rank, parallel);
 }
 
 void BaselineRouters::fit(MatrixView<const float> x, std::int64_t layer,
@@ -145,7 +149,7 @@ void BaselineRouters::fit(MatrixView<const float> x, std::int64_t layer,
   for (Baseline& b : baselines) {
     if (!is_measured(b.spec.router) || reads_hidden(b.spec.router)) continue;
     BaselineLayer& into = b.layers[layer];
-    solve(b.spec, group_of(b.spec), into);
+    solve(b.spec, group_of(b.spec), x, into, parallel);
     std::vector<float> scores(static_cast<std::size_t>(tokens_ * b.spec.num_experts));
     router_scores(b.spec, into, x, {scores.data(), tokens_, b.spec.num_experts}, parallel);
     into.quality = quality(b.spec, scores);

@@ -48,6 +48,7 @@ class SideBySideRidge {
 /// partition.
 class BaselineRouters {
  public:
+  /// @param ffn     what it looks at must outlive it
   /// @param tokens  how many will be observed
   BaselineRouters(const FfnView& ffn, std::span<const BaselinePartition> partitions,
                   std::span<const Baseline> baselines, std::int64_t tokens);
@@ -77,9 +78,11 @@ class BaselineRouters {
     return {group.norms.data() + begin * E, count, E};
   }
   void learn(MatrixView<const float> x, std::int64_t layer, const ParallelFor& parallel);
-  void solve(const BaselineSpec& spec, const Group& group, BaselineLayer& into);
+  void solve(const BaselineSpec& spec, const Group& group, MatrixView<const float> x,
+             BaselineLayer& into, const ParallelFor& parallel);
   const Group& group_of(const BaselineSpec& spec) const;
 
+  FfnView ffn_;
   std::int64_t tokens_, seen_ = 0;
   SideBySideRidge plain_, biased_;
   std::vector<Group> groups_;

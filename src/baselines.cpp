@@ -46,10 +46,15 @@ BaselineSpec neuron_oracle(std::int64_t hidden, double rho) {
   return spec;
 }
 
-/// Oracles see the experts' outputs; no stock class holds a router of two layers.
+/// Not so a router of more than one matrix, which only its own engine could run.
+bool has_stock_class(BaselineRouter router) {
+  return router != BaselineRouter::kRegression && router != BaselineRouter::kMass;
+}
+
+/// Oracles see the experts' outputs.
 bool is_deployable(BaselineRouter router) {
   return router != BaselineRouter::kOracleNorm && router != BaselineRouter::kOracleLabel &&
-         router != BaselineRouter::kOracleNeuron && router != BaselineRouter::kRegression;
+         router != BaselineRouter::kOracleNeuron && has_stock_class(router);
 }
 
 /// All neurons in E equal experts (or the next lower number that divides H).
@@ -136,6 +141,11 @@ void add_split_rows(std::int64_t hidden, double rho, std::vector<BaselineSpec>& 
   }
   add("k-means on gate rows", "regression MLP router", 32, BaselineSplit::kKMeans,
       BaselineRouter::kRegression);
+  for (const std::int64_t rank : {32, 128}) {
+    add("k-means on gate rows", "mass router", 8, BaselineSplit::kKMeans, BaselineRouter::kMass);
+    specs.back().method += fmt::format(" of rank {}", rank);
+    specs.back().rank = rank;
+  }
 }
 
 /// The FFN with the refitted columns of `down`, if there are some.
@@ -173,7 +183,7 @@ QualityRow row_of(const Baseline& baseline, const ModelConfig& config, const Eva
           .rho = spec.rho,
           .active_share = active_share,
           .deployable = spec.deployable,
-          .stock = spec.router != BaselineRouter::kRegression,
+          .stock = has_stock_class(spec.router),
           .routed = spec.router != BaselineRouter::kNone,
           .perplexity = result.perplexity,
           .kl = result.kl,
@@ -256,6 +266,11 @@ double baseline_active_share(const BaselineSpec& spec, std::int64_t hidden, std:
     case BaselineRouter::kRegression:
       router = static_cast<double>(RegressionSpec{}.width) * (D + E);
       break;
+    case BaselineRouter::kMass: {
+      const double width = (H - static_cast<double>(spec.shared)) / E;
+      router = 2.0 * E * D * std::min({static_cast<double>(spec.rank), width, D});
+      break;
+    }
     case BaselineRouter::kRepresentative:
       router = 2.0 * E * D;
       break;

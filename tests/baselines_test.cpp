@@ -90,7 +90,7 @@ TEST_F(Baselines, WithEverythingOnTheyAreTheDenseModel) {
   Model model = dense();
   const HiddenStates expected = hidden_states(model, text_);
   const auto specs = baseline_specs(BaselineSet::kAll, kHidden, 1.0);
-  EXPECT_EQ(specs.size(), 23u);
+  EXPECT_EQ(specs.size(), 25u);
   for (const Baseline& baseline : prepare_baselines(model, text_, specs)) {
     SCOPED_TRACE(baseline.spec.method);
     EXPECT_EQ(baseline.spec.rho, 1.0);
@@ -318,7 +318,8 @@ TEST_F(Baselines, BudgetsAreWhatTheRowsSay) {
                                                       spec.experts_per_token);
       EXPECT_EQ(static_cast<double>(spec.shared) + routed, rho * 1536);
       EXPECT_EQ(spec.deployable, spec.method.find("oracle") == std::string::npos &&
-                                     spec.method.find("MLP") == std::string::npos);
+                                     spec.method.find("MLP") == std::string::npos &&
+                                     spec.method.find("mass") == std::string::npos);
       EXPECT_GE(baseline_active_share(spec, 1536, 576), rho);
     }
   const auto specs = baseline_specs(BaselineSet::kAll, 1536, 0.75);
@@ -392,7 +393,8 @@ TEST(BaselinesOfTheDemoModel, StandInTheExpectedOrder) {
     EXPECT_TRUE(std::isfinite(row.kl) && row.kl > 0.0);
     EXPECT_TRUE(std::isfinite(row.perplexity) && row.perplexity > 1.0);
     kl[row.method] = row.kl;
-    EXPECT_EQ(row.stock, row.method.find("MLP") == std::string::npos);
+    EXPECT_EQ(row.stock, row.method.find("MLP") == std::string::npos &&
+                             row.method.find("mass") == std::string::npos);
     ASSERT_EQ(row.router.has_value(), row.routed);
     EXPECT_EQ(row.router_share > 0.0, row.routed && row.method.find("oracle") == std::string::npos);
     if (row.router) {
@@ -420,6 +422,8 @@ TEST(BaselinesOfTheDemoModel, StandInTheExpectedOrder) {
     else
       EXPECT_GT(value, chance);
   }
+  EXPECT_GT(recall.at("k-means on gate rows, E 8, mass router of rank 128"),
+            recall.at("k-means on gate rows, E 8, mass router of rank 32"));
   // With the same experts, a router of more layers is nearer to what they do.
   EXPECT_GT(recall.at("k-means on gate rows, E 32, regression MLP router"),
             recall.at("k-means on gate rows, E 32, ridge router"));

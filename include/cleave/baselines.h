@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cleave/evaluate.h"
+#include "cleave/mass_router.h"
 #include "cleave/model.h"
 #include "cleave/regression_router.h"
 #include "cleave/routing.h"
@@ -44,6 +45,7 @@ enum class BaselineRouter {
   kRidge,           ///< RouterFit on |expert_e(x)| relative to the token's mean
   kRidgeBias,       ///< the same with a bias (a constant input)
   kRegression,      ///< fit_regression_router() on |expert_e(x)|: D2DMoE, arXiv:2310.04361
+  kMass,            ///< fit_mass_router() of BaselineSpec::rank
   kRepresentative,  ///< the K largest |h_R| of one neuron per expert: CMoE
 };
 
@@ -57,7 +59,7 @@ enum class BaselineScore {
 struct BaselineSpec {
   std::string method = {};  ///< what a table calls it
   double rho = 1.0;         ///< share of the H neurons that runs per token
-  /// false: an oracle, or a router that no stock class holds (BaselineRouter::kRegression)
+  /// false: an oracle, or a router that no stock class holds (kRegression, kMass)
   bool deployable = true;
   BaselineSplit split = BaselineSplit::kNone;
   BaselineRouter router = BaselineRouter::kNone;
@@ -73,6 +75,7 @@ struct BaselineSpec {
   /// stream of the layers that are pruned already, tokens weighted as there.
   bool refit = false;
   bool scale_up = false;                ///< the chosen experts are multiplied by E / K, else by 1
+  std::int64_t rank = 0;                ///< of kMass; an expert's width where that is less
   std::int64_t calibration_tokens = 0;  ///< use only the first so many; 0: all
   std::uint64_t seed = 0;
 };
@@ -98,6 +101,7 @@ struct BaselineLayer {
   LinearRouter router;                        ///< kRandom, kRidge, kRidgeBias
   std::vector<float> router_bias;             ///< [E], kRidgeBias
   RegressionRouter regression;                ///< kRegression
+  MassRouter mass;                            ///< kMass
   std::vector<std::int32_t> representatives;  ///< [E] neurons, kRepresentative
   /// Of a router beside the oracle kOracleNorm of its experts: on the calibration text, without
   /// first tokens of windows. Empty where nothing is routed, or the row is such an oracle.

@@ -16,6 +16,7 @@
 // 3 route
 #include "cleave/fit_router.h"
 #include "cleave/refit.h"
+#include "cleave/mass_router.h"
 #include "cleave/regression_router.h"
 #include "cleave/routing.h"
 // 4 run
