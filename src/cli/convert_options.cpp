@@ -226,19 +226,23 @@ TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& op
   TokenWindows text;
   text.context = options.context;
   if (!options.calibration.empty()) text = text_of_files(source, options, notices);
-  const std::int64_t windows = self_calibration_tokens(options) / options.context;
-  if (windows == 0) return text;
+  add_self_text(source, options.common, self_calibration_tokens(options), progress, text);
+  return text;
+}
+
+void add_self_text(const Checkpoint& source, const CommonOptions& common, std::int64_t tokens,
+                   Progress& progress, TokenWindows& text) {
+  const std::int64_t windows = tokens / text.context;
+  if (windows == 0) return;
   // Half the memory to read for each token, and text is drawn from what rounding hardly moves.
-  Model model =
-      Model::load(source, {.threads = options.common.threads, .weights = WeightType::kBF16});
+  Model model = Model::load(source, {.threads = common.threads, .weights = WeightType::kBF16});
   const TokenWindows own = self_generated_text(
-      model, {.windows = windows, .context = options.context, .seed = options.common.seed},
+      model, {.windows = windows, .context = text.context, .seed = common.seed},
       [&](std::int64_t done, std::int64_t all) {
         progress.update(fmt::format("writing calibration text {}/{}", done, all), done == all);
       });
   text.tokens.resize(static_cast<std::size_t>(text.count() * text.context));
   text.tokens.insert(text.tokens.end(), own.tokens.begin(), own.tokens.end());
-  return text;
 }
 
 void check_combination(const ConvertOptions& options, const CLI::App& command) {

@@ -56,6 +56,10 @@ Json settings_json(const ConvertOptions& options);
 /// @param notices  receives what a user should know
 TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options,
                               Progress& progress, std::vector<std::string>& notices);
+/// Whole windows of text that a dense model writes itself, at most `tokens`, after `text`, whose
+/// last window is cut where it is not whole.
+void add_self_text(const Checkpoint& source, const CommonOptions& common, std::int64_t tokens,
+                   Progress& progress, TokenWindows& text);
 /// Tokens that the model writes itself: as asked for, or all where a budget has no other text.
 std::int64_t self_calibration_tokens(const ConvertOptions& options);
 /// Whether there is any calibration text.

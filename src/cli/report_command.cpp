@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "cli/convert_options.h"
 #include "cli/report_command.h"
 
 namespace cleave::cli {
@@ -61,14 +62,23 @@ void run_report(ReportOptions options) {
     throw InvalidArgument(
         "--baselines: they are fitted on text; give --calibration FILE, the one the model was "
         "converted with, or --baselines none");
+  if (options.self_calibration > 0 && options.self_calibration < options.context)
+    throw InvalidArgument(
+        fmt::format("--self-calibration: {} tokens are less than one window of {}; give 0 or more "
+                    "than that, or a smaller --context",
+                    options.self_calibration, options.context));
   const Checkpoint converted = Checkpoint::open(options.model);
   if (options.out.empty()) options.out = converted.directory().string();
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(converted);
+  Progress progress(options.common.quiet);
   std::optional<TokenWindows> calibration;
-  if (set != BaselineSet::kNone)
+  if (set != BaselineSet::kNone) {
     calibration =
         load_windows(tokenizer, options.calibration, options.context, options.calibration_tokens);
-  Progress progress(options.common.quiet);
+    add_self_text(Checkpoint::open(options.dense), options.common, options.self_calibration,
+                  progress, *calibration);
+    if (options.self_calibration > 0) options.calibration.push_back("the model's own text");
+  }
   const WrittenReport report = measure_and_write(options, converted, tokenizer,
                                                  calibration ? &*calibration : nullptr, progress);
   print_result(options.common, report.json, report.text);
@@ -139,7 +149,15 @@ void add_report_command(CLI::App& app) {
                    "Use only the first N tokens of the calibration text; 0: all")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
-  add_seed_option(*command, options->common, "the baselines' random splits and clusterings");
+  command
+      ->add_option("--self-calibration", options->self_calibration,
+                   "Tokens of text that DENSE writes itself, for the baselines after "
+                   "--calibration: what a conversion to a budget has by default is a quarter of "
+                   "that")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  add_seed_option(*command, options->common,
+                  "the baselines' random splits and clusterings, and of text that DENSE writes");
   add_common_options(*command, options->common);
   command->callback([options] { run_report(*options); });
 }

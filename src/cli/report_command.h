@@ -17,6 +17,7 @@ struct ReportOptions {
   std::int64_t context = 1024;
   std::int64_t limit_tokens = 16384;  ///< of each text; 0: all
   std::int64_t calibration_tokens = 65536;
+  std::int64_t self_calibration = 0;  ///< tokens that the dense model writes, after the text
 };
 
 /// The value of --baselines. @throws InvalidArgument  lists the choices

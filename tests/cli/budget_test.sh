@@ -20,6 +20,13 @@ expect 0 $cleave report out "$source" --text "$text" --calibration "$text" --cal
 for file in report.json report.md report.html; do [ -s report/$file ] || fail "no report/$file"; done
 says report/report.md 'FLAP'
 for file in report.json report.md report.html; do says report/$file 'layers 0 to 3 are under-determined'; done
+report="$cleave report out $source --text short.txt --calibration $text --calibration-tokens 512 --limit-tokens 512
+  --context 256 --out report"
+expect 0 $report --self-calibration 300
+says err.txt 'writing calibration text 256/256'
+says report/report.md "Baselines: 768 tokens of sample.txt, the model's own text, seed 0"
+expect 2 $report --self-calibration 100
+says err.txt 'less than one window of 256'
 expect 0 $convert --active-share 0.5 --quiet --json --baselines quick --text short.txt
 says out.txt '"verdict"'
 says out.txt '^    "layers 0 to 3 are under-determined' # "notices" of the conversion
