@@ -15,8 +15,8 @@
 #include "cleave/partition.h"
 // 3 route
 #include "cleave/fit_router.h"
-#include "cleave/refit.h"
 #include "cleave/mass_router.h"
+#include "cleave/refit.h"
 #include "cleave/regression_router.h"
 #include "cleave/routing.h"
 // 4 run
