@@ -13,13 +13,13 @@ namespace {
 
 using FloatRows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
-constexpr std::int64_t kMostTokens = 4096;
-constexpr std::int64_t kScoreBlock = 256;  // tokens whose products are held at a time
-constexpr double kNearZero = 1e-4;         // act(a) / a is taken there for a smaller a
+constexpr std::int64_t kMassTokens = 4096;
+constexpr std::int64_t kMassBlock = 256;  // tokens whose products are held at a time
+constexpr double kNearZero = 1e-4;        // act(a) / a is taken there for a smaller a
 
 /// Rows of x, evenly spaced, one after the other.
 FloatRows sample_of(MatrixView<const float> x) {
-  const std::int64_t n = std::min(x.rows, kMostTokens);
+  const std::int64_t n = std::min(x.rows, kMassTokens);
   FloatRows sample(n, x.cols);
   for (std::int64_t i = 0; i < n; ++i)
     std::copy_n(x.row(i * x.rows / n), x.cols, sample.data() + i * x.cols);
@@ -126,9 +126,9 @@ void mass_scores(const MassRouter& router, MatrixView<const float> x, MatrixView
   if (x.cols != D || scores.rows != x.rows || scores.cols != E)
     fail_argument("mass_scores: x is [{}, {}], scores [{}, {}]; expected [T, {}] and [T, {}]",
                   x.rows, x.cols, scores.rows, scores.cols, D, E);
-  const Buffer room(2 * std::min(kScoreBlock, x.rows) * E * R);
-  for (std::int64_t first = 0; first < x.rows; first += kScoreBlock) {
-    const std::int64_t T = std::min(kScoreBlock, x.rows - first);
+  const Buffer room(2 * std::min(kMassBlock, x.rows) * E * R);
+  for (std::int64_t first = 0; first < x.rows; first += kMassBlock) {
+    const std::int64_t T = std::min(kMassBlock, x.rows - first);
     const MatrixView<float> gate(room.data(), T, E * R), up(room.data() + T * E * R, T, E * R);
     linear(x.slice_rows(first, T), {router.gate.data(), E * R, D}, {}, gate, parallel);
     linear(x.slice_rows(first, T), {router.up.data(), E * R, D}, {}, up, parallel);
