@@ -30,6 +30,7 @@ head -n $(($(lines "$wiki") * 2 / 5)) "$wiki" > "$out/wikitext.calibration.txt"
 tail -n $(($(lines "$wiki") * 3 / 5)) "$wiki" | awk 'int(NR / 40) % 8 == 4' > "$out/wikitext.heldout.txt"
 tail -n $(($(lines "$peace") / 20)) "$peace" > "$out/war-and-peace.heldout.txt"
 cp "$texts/tinystories.heldout.txt" "$out/stories.heldout.txt"
+head -n $(($(lines "$peace") * 9 / 10)) "$peace" > "$out/war-and-peace.calibration.txt"
 # To tune on: the rest of wikitext; or equal parts of it and of what goes before the other two.
 tail -n $(($(lines "$wiki") * 3 / 5)) "$wiki" | awk 'int(NR / 40) % 8 != 4' > "$out/wikitext.rest.txt"
 head -c 400000 "$out/wikitext.rest.txt" > "$out/wikitext.part.txt"
@@ -77,7 +78,11 @@ for rho in ${RHOS:-0.75 0.5 0.25}; do
   convert "mixtral-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared 0
   convert "read-$rho" --active-share "$rho" --seed "${seeds[0]}" --self-calibration 0
   convert_without_text "textless-$rho" --active-share "$rho" --seed "${seeds[0]}"
-  for variant in static unrepaired mixtral read textless; do against_dense "$variant-$rho"; done
+  # A third each of three domains, with refit and without.
+  mixture=(--calibration "$out/wikitext.calibration.txt" "$texts/tinystories.calib.txt" "$out/war-and-peace.calibration.txt")
+  convert_without_text "mixed-$rho" --active-share "$rho" --seed "${seeds[0]}" "${mixture[@]}"
+  convert_without_text "mixed-unrepaired-$rho" --active-share "$rho" --seed "${seeds[0]}" "${mixture[@]}" --refit off
+  for variant in static unrepaired mixtral read textless mixed mixed-unrepaired; do against_dense "$variant-$rho"; done
 done
 
 # A width of the shared slice per layer, which takes ten minutes.
