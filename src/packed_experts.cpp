@@ -164,6 +164,15 @@ std::vector<std::int64_t> panel_begins(const std::vector<std::int64_t>& widths,
 
 }  // namespace
 
+template <typename Source>
+void PackedExperts::pack(const std::vector<Source>& sources, const ParallelFor& parallel) {
+  panel_begin_ = panel_begins(widths_, panel_neurons());
+  panel_bytes_ = ExpertLayout(type_, gated_, d_model_).bytes();
+  const PackTarget target{type_, gated_, d_model_, widths_, panel_begin_};
+  data_ = pack_panels(target, sources, parallel);
+  lane_bias_ = lane_biases(target, sources);
+}
+
 PackedExperts::PackedExperts(const ExpertBank& bank, WeightType type, const ParallelFor& parallel)
     : d_model_(bank.d_model),
       gated_(!bank.gate.empty()),
@@ -180,11 +189,7 @@ PackedExperts::PackedExperts(const ExpertBank& bank, WeightType type, const Para
     const ExpertView view = bank.expert(e);
     sources.push_back({view.gate, view.up, view.down_t, true, view.gate_bias, view.up_bias});
   }
-  panel_begin_ = panel_begins(widths_, panel_neurons());
-  panel_bytes_ = ExpertLayout(type, gated_, d_model_).bytes();
-  const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
-  data_ = pack_panels(target, sources, parallel);
-  lane_bias_ = lane_biases(target, sources);
+  pack(sources, parallel);
 }
 
 PackedExperts::PackedExperts(const FfnView& ffn, WeightType type, const ParallelFor& parallel)
@@ -199,11 +204,7 @@ PackedExperts::PackedExperts(const FfnView& ffn, WeightType type, const Parallel
   check_weights("down", ffn.down);
   const std::vector<Source> sources{
       {ffn.gate, ffn.up, ffn.down, false, ffn.gate_bias, ffn.up_bias}};
-  panel_begin_ = panel_begins(widths_, panel_neurons());
-  panel_bytes_ = ExpertLayout(type, gated_, d_model_).bytes();
-  const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
-  data_ = pack_panels(target, sources, parallel);
-  lane_bias_ = lane_biases(target, sources);
+  pack(sources, parallel);
 }
 
 PackedExperts::PackedExperts(const FfnRows& ffn, WeightType type, const ParallelFor& parallel)
@@ -212,6 +213,11 @@ PackedExperts::PackedExperts(const FfnRows& ffn, WeightType type, const Parallel
       type_(type),
       widths_{ffn.down.cols},
       down_bias_(ffn.down_bias.begin(), ffn.down_bias.end()) {
+  if (!ffn.gate || !ffn.up)
+    fail_argument(
+        "pack: FfnRows::{} is empty; expected a function for each of gate and up; pack an FFN "
+        "without a gate from an FfnView",
+        ffn.up ? "gate" : "up");
   check_weights("down", ffn.down);
   Source source;
   source.down = ffn.down;
@@ -220,11 +226,7 @@ PackedExperts::PackedExperts(const FfnRows& ffn, WeightType type, const Parallel
   source.up_bias = ffn.up_bias;
   source.read_gate = &ffn.gate;
   source.read_up = &ffn.up;
-  panel_begin_ = panel_begins(widths_, panel_neurons());
-  panel_bytes_ = ExpertLayout(type, gated_, d_model_).bytes();
-  const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
-  data_ = pack_panels(target, {source}, parallel);
-  lane_bias_ = lane_biases(target, {source});
+  pack(std::vector<Source>{source}, parallel);
 }
 
 PackedExperts::PackedExperts(const StackedExperts& stack, WeightType type,
@@ -256,11 +258,7 @@ PackedExperts::PackedExperts(const StackedExperts& stack, WeightType type,
     sources.push_back(source);
   }
   widths_.assign(E, I);
-  panel_begin_ = panel_begins(widths_, panel_neurons());
-  panel_bytes_ = ExpertLayout(type, gated_, d_model_).bytes();
-  const PackTarget target{type, gated_, d_model_, widths_, panel_begin_};
-  data_ = pack_panels(target, sources, parallel);
-  lane_bias_ = lane_biases(target, sources);
+  pack(sources, parallel);
 }
 
 PackedExperts::PackedExperts(PackedExpertsParts parts)

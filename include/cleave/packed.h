@@ -104,7 +104,7 @@ struct StackedExperts {
 };
 
 /// A dense FFN whose gate and up are never whole in memory: as FfnView, but that their rows are
-/// read while they are packed, from all threads.
+/// read while they are packed, from all threads, and that it has a gate.
 struct FfnRows {
   ReadRows gate, up;                                     ///< [H, D] each
   MatrixView<const float> down;                          ///< [D, H]
@@ -133,7 +133,7 @@ class PackedExperts {
   /// A dense FFN: one expert, which dense_ffn() runs for all tokens.
   PackedExperts(const FfnView& ffn, WeightType type, const ParallelFor& parallel = {});
   /// The same.
-  /// @throws InvalidArgument  as above; and whatever `ffn.gate` and `ffn.up` throw
+  /// @throws InvalidArgument  as above, or `ffn.gate` or `ffn.up` is empty; and whatever they throw
   PackedExperts(const FfnRows& ffn, WeightType type, const ParallelFor& parallel = {});
   /// Reads each weight where it is; needs no memory beside the packed weights.
   PackedExperts(const StackedExperts& stack, WeightType type, const ParallelFor& parallel = {});
@@ -166,6 +166,10 @@ class PackedExperts {
   std::span<const float> lane_bias() const { return lane_bias_; }
 
  private:
+  /// Packs what widths_ and the members before it describe. @param sources  [E]
+  template <typename Source>
+  void pack(const std::vector<Source>& sources, const ParallelFor& parallel);
+
   std::int64_t d_model_ = 0, panel_bytes_ = 0;
   bool gated_ = true;
   Activation activation_ = Activation::kSilu;

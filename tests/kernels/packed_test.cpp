@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <string>
 
 #include "cleave/error.h"
 #include "ffn_cases.h"
@@ -127,6 +128,29 @@ TEST(PackedExperts, RowsThatAreReadPackToTheSameBytes) {
       };
       EXPECT_THROW(PackedExperts(rows, type), InvalidArgument);
     }
+}
+
+TEST(PackedExperts, RefusesRowsThatNobodyReads) {
+  std::mt19937 rng(1);
+  const DenseFfn dense = random_dense(rng, 8, 32, true, false, Activation::kSilu);
+  const ReadRows zeros = [](std::int64_t, MatrixView<float> out) {
+    std::fill_n(out.data, out.rows * out.cols, 0.0f);
+  };
+  FfnRows rows;
+  rows.down = dense.view().down;
+  const auto expect_refusal = [&](const std::string& name) {
+    try {
+      PackedExperts(rows, WeightType::kF32);
+      ADD_FAILURE() << name << " is empty, and nobody minds";
+    } catch (const InvalidArgument& e) {
+      EXPECT_NE(std::string(e.what()).find("FfnRows::" + name + " is empty"), std::string::npos)
+          << e.what();
+    }
+  };
+  rows.up = zeros;
+  expect_refusal("gate");
+  rows = {zeros, {}, rows.down, {}, {}, {}};
+  expect_refusal("up");
 }
 
 // What a type may lose: a bound on |packed - exact| per weight, from its definition.
