@@ -5,6 +5,7 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace cleave {
@@ -30,11 +31,10 @@ inline void advise_huge_pages(void* memory, std::size_t bytes) {
 /// written.
 inline void discard_pages(void* memory, std::size_t bytes) {
 #ifdef __linux__
-  constexpr std::uintptr_t kPage = 4096;
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto address = reinterpret_cast<std::uintptr_t>(memory);
-  const std::uintptr_t begin = (address + kPage - 1) / kPage * kPage;
-  const std::uintptr_t end = (address + bytes) / kPage * kPage;
-  // Refused where pages are larger and `begin` is on none: advice, too.
+  const std::uintptr_t begin = (address + page - 1) / page * page;
+  const std::uintptr_t end = (address + bytes) / page * page;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 #else
   (void)memory, (void)bytes;
