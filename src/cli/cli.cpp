@@ -121,6 +121,13 @@ void check_text_weights(const std::string& name, const std::vector<double>& weig
   if (!weights.empty() && weights.size() != texts)
     throw InvalidArgument(
         fmt::format("{}: {} weights for {} texts; give one for each", name, weights.size(), texts));
+  double sum = 0.0;
+  for (const double weight : weights) {
+    sum += weight;
+    if (!(weight > 0.0) || !std::isfinite(sum))  // NaN as well
+      throw InvalidArgument(fmt::format(
+          "{}: {} is not a weight; give finite numbers above 0, of a finite sum", name, weight));
+  }
 }
 
 std::optional<DType> parse_dtype(const std::string& value) {

@@ -66,7 +66,8 @@ TokenWindows load_windows(const Tokenizer& tokenizer, const std::vector<std::str
 /// Adds an option NAME W W ... (or W,W,...) of one positive weight for each text.
 void add_text_weights_option(CLI::App& command, const std::string& name,
                              std::vector<double>& weights, const std::string& description);
-/// @throws InvalidArgument  there are weights, but not one for each text
+/// @throws InvalidArgument  there are weights, but not one for each text; or one is not above 0, or
+///                          they or their sum are not finite
 void check_text_weights(const std::string& name, const std::vector<double>& weights,
                         std::size_t texts);
 

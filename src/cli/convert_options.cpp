@@ -76,12 +76,15 @@ std::vector<std::int64_t> window_shares(const ConvertOptions& options) {
   if (weights.empty()) weights.assign(options.calibration.size(), 1.0);
   const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
   const auto windows = static_cast<double>(options.calibration_tokens / options.context);
+  // A share that is whole but for rounding is whole: 0.7 + 0.1 is a little less than 0.8.
+  const auto windows_before = [&](double weight) {
+    return static_cast<std::int64_t>(std::floor(windows * (weight / total) + 1e-9));
+  };
   std::vector<std::int64_t> shares;
   double before = 0.0;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const double after = before + weights[i];
-    shares.push_back(static_cast<std::int64_t>(std::floor(windows * after / total)) -
-                     static_cast<std::int64_t>(std::floor(windows * before / total)));
+    shares.push_back(windows_before(after) - windows_before(before));
     before = after;
     if (options.calibration_tokens > 0 && shares.back() == 0)
       throw InvalidArgument(fmt::format(

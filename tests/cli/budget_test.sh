@@ -100,6 +100,14 @@ expect 2 $two --calibration-weights 7
 says err.txt '1 weights for 2 texts'
 expect 2 $two --calibration-weights 7,-1
 says err.txt '--calibration-weights'
+expect 2 $two --calibration-weights 7,nan
+says err.txt 'nan is not a weight'
+expect 2 $two --calibration-weights 1e308,1e308
+says err.txt 'of a finite sum'
+# 0.7 + 0.1 is less than 0.8 in binary; the second text gets its window all the same.
+expect 0 $cleave convert "$source" out --overwrite --calibration long.txt long.txt long.txt --calibration-tokens 2560 \
+  --context 256 --self-calibration 0 --active-share 0.5 --router ridge --calibration-weights 0.7,0.1,0.2 --json --quiet
+says out.txt '"calibration_tokens": 2560'
 expect 2 $two --calibration-weights 1,99
 says err.txt 'long.txt gets none'
 expect 2 $cleave convert "$source" out --overwrite --calibration long.txt short.txt --calibration-tokens 0 --active-share 0.5 \

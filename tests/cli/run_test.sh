@@ -62,6 +62,8 @@ says err.txt 'use --overwrite'
 expect 0 $calibrate --overwrite --layers 0 --quiet
 says out.txt '1 of [0-9]* layers'
 expect 2 $calibrate --overwrite --text-weights 1 2
+expect 2 $calibrate --overwrite --text-weights nan
+says err.txt 'nan is not a weight'
 expect 2 $calibrate --overwrite --layers 99
 says err.txt 'layer 99'
 expect 2 $cleave calibrate moe other.safetensors --text model/sample.txt --context 256
