@@ -233,6 +233,10 @@ void c_route(const cleave_route_call* given) {
                   call.threshold);
   if (call.keep_probabilities != 0 && call.keep_probabilities != 1)
     fail_argument("keep_probabilities is {}; expected 0 or 1", call.keep_probabilities);
+  if (call.keep_probabilities == 1 && spec.mode == GateMode::kHard)
+    fail_argument(
+        "keep_probabilities is 1 with CLEAVE_GATE_HARD, whose weights are 1; leave it 0, or use "
+        "CLEAVE_GATE_SOFTMAX");
   if (call.num_tokens == 0) return;
   const auto logits =
       c_matrix(call.logits, "logits", call.num_tokens, call.num_experts, call.logits_stride);

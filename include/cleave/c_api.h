@@ -156,6 +156,7 @@ typedef struct cleave_route_call {
   /// cleave_experts_run() takes them. The largest always is used; 0: all K are.
   float threshold;
   /// CLEAVE_GATE_SOFTMAX: 0: the weights of the experts in use sum to 1; 1: they are their p_e.
+  /// CLEAVE_GATE_HARD: 0; its weights are 1, and 1 is refused (CLEAVE_INVALID_ARGUMENT).
   int32_t keep_probabilities;
 } cleave_route_call;
 

@@ -163,7 +163,7 @@ TEST(CApi, RouteEqualsTheReference) {
     const RouteSpec spec{.experts_per_token = K,
                          .mode = hard ? GateMode::kHard : GateMode::kSoftmax,
                          .threshold = pick(rng, 0, 1) == 0 ? 0.0f : 0.3f,
-                         .normalise = pick(rng, 0, 3) != 0};
+                         .normalise = pick(rng, 0, 3) != 0 || hard};
     Routing expected;
     route_reference(view, spec, expected);
     std::vector<std::int32_t> ids(T * K, -7);

@@ -195,6 +195,8 @@ TEST_F(CApiErrors, Routes) {
   expect_route([](R& r) { r.threshold = 1.1f; }, "threshold is 1.1");
   expect_route([](R& r) { r.threshold = std::nanf(""); }, "threshold is nan");
   expect_route([](R& r) { r.keep_probabilities = 2; }, "keep_probabilities is 2; expected 0 or 1");
+  expect_route([](R& r) { r.gate = CLEAVE_GATE_HARD, r.keep_probabilities = 1; },
+               "keep_probabilities is 1 with CLEAVE_GATE_HARD");
   expect_route([](R& r) { r.logits = nullptr; }, "logits is NULL");
   expect_route([](R& r) { r.logits_stride = 3; }, "logits_stride is 3");
   expect_route([](R& r) { r.topk_ids = nullptr; }, "topk_ids is NULL");
