@@ -258,8 +258,8 @@ void add_convert_command(CLI::App& app) {
       ->capture_default_str();
   command
       ->add_option("--refit-rounds", options->refit_rounds,
-                   "How often `down` is refitted, with the router fitted to the repaired experts "
-                   "in between")
+                   "With --active-share: how often `down` is refitted, with the router fitted to "
+                   "the repaired experts in between")
       ->capture_default_str()
       ->check(CLI::Range(1, 100));
   command
@@ -267,12 +267,15 @@ void add_convert_command(CLI::App& app) {
                    "With --active-share: uniform, or kl: the always-on neurons divided among the "
                    "layers by the KL that each costs. Four times as long")
       ->capture_default_str();
-  command->add_option("--penalty", options->penalty, "Ridge penalty of the refit, relative")
+  command
+      ->add_option("--penalty", options->penalty,
+                   "With --active-share: ridge penalty of the refit, relative")
       ->capture_default_str()
       ->check(CLI::Range(1e-9, 1e9));
   command
       ->add_option("--correction", options->correction,
-                   "Part of what earlier layers lost that the refit aims to give back, 0 to 1")
+                   "With --active-share: part of what earlier layers lost that the refit aims to "
+                   "give back, 0 to 1")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1.0));
   command

@@ -276,6 +276,11 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
         "--calibration-weights divide --calibration-tokens among the texts, and 0 takes all of "
         "each; "
         "give a number of tokens, or no weights");
+  for (const char* name : {"--penalty", "--correction"})
+    if (given(name) && options.refit == "off")
+      throw InvalidArgument(fmt::format(
+          "{} is a setting of the refit, and with --refit off nothing is repaired; leave one out",
+          name));
   if (given("--correction") && options.calibration_mode == "parallel")
     throw InvalidArgument(
         "--correction gives back what earlier layers lost, and with --calibration-mode parallel a "

@@ -72,6 +72,10 @@ expect 0 $small --refit-rounds 2 --router ridge
 says out/cleave.json '"refit_rounds": *2'
 expect 2 $small --refit-rounds 2 --refit off
 says err.txt 'nothing is repaired'
+for setting in --penalty --correction; do
+  expect 2 $small --refit off $setting 0.5
+  says err.txt "$setting is a setting of the refit"
+done
 expect 0 $small --penalty 1 --correction 0 --router ridge
 says out/cleave.json '"correction":0.0'
 says out/cleave.json '"penalty":1.0'
