@@ -6,6 +6,11 @@
 #include <cstring>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 namespace cleave {
 namespace {
 
@@ -53,6 +58,29 @@ TEST(WeightMemory, TrimmingKeepsWhatIsThereAndWhatComes) {
   EXPECT_TRUE(holds(first, 1));
   EXPECT_TRUE(holds(second, 2));
 }
+
+#ifdef __linux__
+TEST(WeightMemory, TrimmingGivesBackWhatIsBehindTheLastBlock) {
+  constexpr std::size_t kBytes = 100 << 10, kTail = 256 << 10;
+  const auto block = allocate_weights(kBytes);
+  std::memset(block.get(), 1, kBytes);
+  std::byte* tail = block.get() + kBytes;  // of the same stretch
+  std::memset(tail, 2, kTail);
+  const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+  const std::uintptr_t first = (reinterpret_cast<std::uintptr_t>(tail) + page - 1) / page * page;
+  const std::size_t pages = (kTail - page) / page;  // whole ones
+  const auto resident = [&] {
+    std::vector<unsigned char> in_memory(pages);
+    EXPECT_EQ(mincore(reinterpret_cast<void*>(first), pages * page, in_memory.data()), 0);
+    return std::count_if(in_memory.begin(), in_memory.end(), [](unsigned char p) { return p & 1; });
+  };
+  EXPECT_EQ(resident(), static_cast<std::ptrdiff_t>(pages));
+  trim_weights();
+  EXPECT_EQ(resident(), 0);
+  EXPECT_TRUE(std::all_of(block.get(), block.get() + kBytes,
+                          [](std::byte b) { return b == std::byte{1}; }));
+}
+#endif
 
 TEST(WeightMemory, NeighboursShareAStretch) {
   const auto first = allocate_weights(128 << 10), second = allocate_weights(128 << 10);
