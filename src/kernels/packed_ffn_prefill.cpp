@@ -154,13 +154,13 @@ class PrefillPart {
   /// Of the next run's rows of x, the share that panels [p, p + panels) of this one fetch: none of
   /// so many rows that they would drive this run's own from a second-level cache.
   NextRows<const Value> rows_to_fetch(const Run& run, std::int64_t p, std::int64_t panels) const {
-    const Run& next = *(&run + 1);
+    const Run* next = &run + 1;
     const std::int64_t bytes = x_stride_ * static_cast<std::int64_t>(sizeof(Value));
-    if (&next == shared_.runs + *shared_.num_runs || (run.rows + next.rows) * bytes > kRowsInCache)
+    if (next == shared_.runs + *shared_.num_runs || (run.rows + next->rows) * bytes > kRowsInCache)
       return {};
-    const std::int64_t all = run.panel_end - run.panel, from = next.rows * (p - run.panel) / all;
-    return {{shared_.x, x_stride_, shared_.groups.token + next.pair + from},
-            next.rows * (p + panels - run.panel) / all - from,
+    const std::int64_t all = run.panel_end - run.panel, from = next->rows * (p - run.panel) / all;
+    return {{shared_.x, x_stride_, shared_.groups.token + next->pair + from},
+            next->rows * (p + panels - run.panel) / all - from,
             y_.cols};
   }
 
