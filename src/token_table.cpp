@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <bit>
 #include <functional>
+#include <limits>
+
+#include "fail.h"
 
 namespace cleave {
 
@@ -12,6 +15,9 @@ TokenTable::TokenTable(std::vector<Entry> entries)
                    [](const Entry& a, const Entry& b) { return a.first < b.first; });
   std::size_t bytes = 0;
   for (const auto& [id, spelling] : entries) bytes += spelling.size();
+  if (bytes > std::numeric_limits<std::uint32_t>::max())
+    fail_argument("TokenTable: {} spellings of {} bytes; expected less than 4 GiB in all",
+                  entries.size(), bytes);
   text_.reserve(bytes);
   begin_.reserve(entries.size() + 1);
   ids_.reserve(entries.size());

@@ -19,6 +19,7 @@ class TokenTable {
   TokenTable() = default;
   /// @param entries  ids >= 0 and their spellings, all of them different. Ids may leave holes; of
   ///                 an id that occurs twice all spellings are found, and the last stands for it.
+  /// @throws InvalidArgument  the spellings are 4 GiB or more
   explicit TokenTable(std::vector<Entry> entries);
 
   std::int32_t size() const { return static_cast<std::int32_t>(ids_.size()); }

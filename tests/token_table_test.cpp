@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "cleave/error.h"
+
 namespace cleave {
 namespace {
 
@@ -24,6 +26,13 @@ TEST(TokenTable, FindsSpellingsAndIds) {
   EXPECT_EQ(table.find(""), -1);
   EXPECT_FALSE(table.spelling(-1));
   EXPECT_FALSE(table.spelling(1000));
+}
+
+TEST(TokenTable, RefusesMoreThanItsIndexCounts) {
+  const std::string spelling(std::size_t{1} << 24, 'x');
+  std::vector<TokenTable::Entry> entries;
+  for (int i = 0; i < 256; ++i) entries.emplace_back(i, spelling);
+  EXPECT_THROW(TokenTable(std::move(entries)), InvalidArgument);
 }
 
 TEST(TokenTable, IdsMayLeaveHolesAndOccurTwice) {
