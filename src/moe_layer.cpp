@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "cleave/error.h"
+#include "kernels/check_routing.h"
 #include "kernels/dispatch.h"
 #include "moe_layer_check.h"
 #include "support/buffer.h"
@@ -58,7 +59,14 @@ void MoeLayer::forward(MatrixView<const float> x, MatrixView<float> y, const Par
 
 void MoeLayer::forward_routed(MatrixView<const float> x, const Routing& routing,
                               MatrixView<float> y, const ParallelFor& parallel) const {
-  check_shared("MoeLayer::forward", *this);
+  const std::int64_t D = experts.d_model;
+  if (x.cols != D || y.cols != D || y.rows != x.rows || routing.num_tokens != x.rows)
+    throw InvalidArgument(fmt::format(
+        "MoeLayer::forward_routed: x [{}, {}], y [{}, {}] and a routing of {} tokens do not fit "
+        "experts of width D = {}; expected x and y [T, D] and a routing of T tokens",
+        x.rows, x.cols, y.rows, y.cols, routing.num_tokens, D));
+  check_routing("MoeLayer::forward_routed", routing, experts.num_experts());
+  check_shared("MoeLayer::forward_routed", *this);
   moe_ffn(experts, routing, scale, x, y, parallel);
   if (shared.rows() > 0) add_shared(shared, x, y, parallel);
   if (experts.down_bias.empty()) return;

@@ -31,6 +31,8 @@ struct MoeLayer {
   void forward(MatrixView<const float> x, MatrixView<float> y, const ParallelFor& parallel,
                Routing* routing_out = nullptr) const;
   /// The same with a routing from elsewhere (an oracle's, say) in the router's place.
+  /// @throws InvalidArgument  shapes disagree, an id is outside [0, E) and not Routing::kUnused, or
+  ///                          `shared` is not one slice
   void forward_routed(MatrixView<const float> x, const Routing& routing, MatrixView<float> y,
                       const ParallelFor& parallel) const;
 };

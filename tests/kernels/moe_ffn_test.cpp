@@ -169,5 +169,31 @@ TEST(MoeLayer, RefusesARouterOfAnotherShape) {
   EXPECT_THROW(layer.forward(x.view(), y.view(), {}), InvalidArgument);
 }
 
+TEST(MoeLayer, RefusesARoutingThatDoesNotFit) {
+  std::mt19937 rng(9);
+  const MoeLayer layer =
+      cut(random_dense(rng, 8, 16, true, false, Activation::kSilu), 4, GateMode::kSoftmax, 4.0f);
+  const Routing fits{2, 1, {0, 3}, {1.0f, 1.0f}};
+  OwnedMatrix x = random_matrix(rng, 2, 8), y = x, narrow = random_matrix(rng, 2, 7),
+              longer = random_matrix(rng, 3, 8);
+  layer.forward_routed(x.view(), fits, y.view(), {});
+  const OwnedMatrix before = y;
+  const auto expect_refusal = [&](OwnedMatrix& in, const Routing& routing, OwnedMatrix& out) {
+    try {
+      layer.forward_routed(in.view(), routing, out.view(), {});
+      ADD_FAILURE() << "nothing is refused";
+    } catch (const InvalidArgument& e) {
+      EXPECT_EQ(std::string(e.what()).find("MoeLayer::forward_routed: "), 0u) << e.what();
+    }
+  };
+  expect_refusal(narrow, fits, y);
+  expect_refusal(x, fits, narrow);
+  expect_refusal(x, fits, longer);
+  expect_refusal(longer, fits, longer);
+  expect_refusal(x, {2, 1, {0, 4}, {1.0f, 1.0f}}, y);
+  expect_refusal(x, {2, 2, {0, 1}, {1.0f, 1.0f}}, y);
+  EXPECT_EQ(y.values, before.values);
+}
+
 }  // namespace
 }  // namespace cleave
