@@ -7,6 +7,7 @@
 
 #include "cleave/calibrate.h"
 #include "cleave/refit.h"
+#include "down_square.h"
 #include "fail.h"
 #include "kernels/dispatch.h"
 
@@ -100,13 +101,9 @@ CaptureSpec capture_spec(const BudgetSpec& spec, const BudgetShares& shares,
 SplitSource::SplitSource(DenseFfn dense) : ffn(std::move(dense)) {
   const std::int64_t H = ffn.hidden, D = ffn.d_model;
   down_t.resize(static_cast<std::size_t>(H * D));
-  down_square.assign(static_cast<std::size_t>(H), 0.0f);
   for (std::int64_t d = 0; d < D; ++d)
-    for (std::int64_t j = 0; j < H; ++j) {
-      const float value = ffn.down[d * H + j];
-      down_t[j * D + d] = value;
-      down_square[j] += value * value;
-    }
+    for (std::int64_t j = 0; j < H; ++j) down_t[j * D + d] = ffn.down[d * H + j];
+  down_square = down_squares(down_t, D);
 }
 
 void SplitSource::hidden_values(MatrixView<const float> x, MatrixView<float> hidden,
@@ -162,14 +159,11 @@ BudgetRows::BudgetRows(const FfnView& ffn, const NeuronPartition& partition) {
 }
 
 std::vector<float> BudgetRows::down_square() const {
-  const std::vector<float> down = down_t();
-  const std::int64_t D = experts.num_experts() > 0 ? experts.d_model : shared.d_model;
-  std::vector<float> square(neuron.size(), 0.0f);
+  const std::vector<float> of_row =
+      down_squares(down_t(), experts.num_experts() > 0 ? experts.d_model : shared.d_model);
+  std::vector<float> square(neuron.size());
   for (std::size_t r = 0; r < neuron.size(); ++r)
-    for (std::int64_t d = 0; d < D; ++d) {
-      const float value = down[static_cast<std::int64_t>(r) * D + d];
-      square[static_cast<std::size_t>(neuron[r])] += value * value;
-    }
+    square[static_cast<std::size_t>(neuron[r])] = of_row[r];
   return square;
 }
 

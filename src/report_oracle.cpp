@@ -6,6 +6,7 @@
 #include "baseline_ffn.h"
 #include "cleave/calibrate.h"
 #include "cleave/report.h"
+#include "down_square.h"
 #include "support/buffer.h"
 #include "window_stream.h"
 
@@ -14,15 +15,9 @@ namespace {
 
 class OracleLayer {
  public:
-  explicit OracleLayer(MoeLayer layer) : layer_(std::move(layer)) {
-    const ExpertBank& bank = layer_.experts;
-    down_square_.assign(static_cast<std::size_t>(bank.rows()), 0.0f);
-    for (std::int64_t r = 0; r < bank.rows(); ++r)
-      for (std::int64_t d = 0; d < bank.d_model; ++d) {
-        const float value = bank.down_t[r * bank.d_model + d];
-        down_square_[r] += value * value;
-      }
-  }
+  explicit OracleLayer(MoeLayer layer)
+      : layer_(std::move(layer)),
+        down_square_(down_squares(layer_.experts.down_t, layer_.experts.d_model)) {}
 
   /// y[t] += the layer's output for x[t]. x, y [T, D].
   void run(MatrixView<const float> x, MatrixView<float> y, const ParallelFor& parallel) const {
