@@ -19,8 +19,9 @@
 namespace cleave {
 
 /// How packed weights are stored. Sums and results are float32 with all of them, and so are inputs,
-/// but for kBF16 where the instruction set is "avx512bf16": prompts (from some 9 rows of a matrix
-/// and 12 per expert) are then rounded to bfloat16 before each product.
+/// but for kBF16 where the instruction set is "avx512bf16": prompts (from some 9 rows of a matrix,
+/// and on average 5 per expert, 9 where experts are a panel or two wide) are then rounded to
+/// bfloat16 before each product.
 enum class WeightType {
   kF32,   ///< 4 bytes a weight
   kBF16,  ///< 2 bytes, rounded to nearest even
