@@ -48,12 +48,14 @@ class Tokenizer {
 };
 
 /// Text piece by piece while ids are generated. A character whose bytes are spread over several
-/// tokens is held back until it is complete. A piece costs the decoding of the last few ids,
+/// tokens is held back until it is complete. After eight ids that complete none all but the last
+/// U+FFFD is returned, and special tokens are dropped, so an id costs the decoding of the last few,
 /// however many there were before.
 class TextStream {
  public:
   /// @param tokenizer  must outlive this
-  /// @param prompt     what comes before; of its text nothing is returned
+  /// @param prompt     what comes before; of its text nothing is returned but an incomplete
+  /// character at its end, with what completes it
   explicit TextStream(const Tokenizer& tokenizer, std::span<const std::int32_t> prompt = {});
 
   /// What of the text is new and complete with this id; often all of a token, or nothing.
@@ -63,7 +65,9 @@ class TextStream {
   std::string flush();
 
  private:
+  void hold_partial_character();
   std::string show(const std::string& text);
+  std::string show_held(const std::string& text);
 
   const Tokenizer* tokenizer_;
   std::vector<std::int32_t> ids_;  // the last that were shown, and those behind them
