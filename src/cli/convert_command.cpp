@@ -6,6 +6,7 @@
 #include <numeric>
 #include <optional>
 
+#include "cli/calibration_text.h"
 #include "cli/convert_options.h"
 #include "cli/report_command.h"
 
@@ -21,7 +22,7 @@ WrittenReport report_on(const ConvertOptions& options, const Checkpoint& written
   report.dense = options.model;
   report.text = options.text;
   report.calibration = options.calibration;
-  if (self_calibration_tokens(options) > 0) report.calibration.push_back("the model's own text");
+  if (self_calibration_tokens(options) > 0) report.calibration.push_back(kSelfTextName);
   report.baselines = options.baselines;
   report.out = options.report.empty() ? (std::filesystem::path(options.out) / "report").string()
                                       : options.report;

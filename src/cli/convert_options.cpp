@@ -4,9 +4,8 @@
 
 #include <charconv>
 #include <cmath>
-#include <numeric>
 
-#include "cleave/self_text.h"
+#include "cli/calibration_text.h"
 #include "cli/report_command.h"
 
 namespace cleave::cli {
@@ -70,51 +69,20 @@ void check_allocation(const BudgetSpec& spec, std::int64_t hidden) {
         shares.shared == 0 ? "none do" : "all that run do"));
 }
 
-/// Whole windows of each file: of --calibration-tokens as much as its weight says; 0: all it has.
-std::vector<std::int64_t> window_shares(const ConvertOptions& options) {
-  std::vector<double> weights = options.calibration_weights;
-  if (weights.empty()) weights.assign(options.calibration.size(), 1.0);
-  const double total = std::accumulate(weights.begin(), weights.end(), 0.0);
-  const auto windows = static_cast<double>(options.calibration_tokens / options.context);
-  // A share that is whole but for rounding is whole: 0.7 + 0.1 is a little less than 0.8.
-  const auto windows_before = [&](double weight) {
-    return static_cast<std::int64_t>(std::floor(windows * (weight / total) + 1e-9));
-  };
-  std::vector<std::int64_t> shares;
-  double before = 0.0;
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    const double after = before + weights[i];
-    shares.push_back(windows_before(after) - windows_before(before));
-    before = after;
-    if (options.calibration_tokens > 0 && shares.back() == 0)
-      throw InvalidArgument(fmt::format(
-          "--calibration-tokens: {} are fewer than one window of {} for each of {} files: {} gets "
-          "none",
-          options.calibration_tokens, options.context, weights.size(), options.calibration[i]));
-  }
-  return shares;
+FileShares file_shares(const ConvertOptions& options) {
+  return {.files = options.calibration,
+          .weights = options.calibration_weights,
+          .tokens = options.calibration_tokens,
+          .context = options.context};
 }
 
-TokenWindows text_of_files(const Checkpoint& source, const ConvertOptions& options,
-                           std::vector<std::string>& notices) {
+TokenWindows text_given(const Checkpoint& source, const ConvertOptions& options,
+                        std::vector<std::string>& notices) {
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(source);
   if (options.active_share == 0.0)
     return load_windows(tokenizer, options.calibration, options.context,
                         options.calibration_tokens);
-  const std::vector<std::int64_t> shares = window_shares(options);
-  TokenWindows all;
-  all.context = options.context;
-  for (std::size_t i = 0; i < shares.size(); ++i) {
-    const std::int64_t limit = shares[i] * options.context;
-    TokenWindows part = load_windows(tokenizer, {options.calibration[i]}, options.context, limit);
-    part.tokens.resize(static_cast<std::size_t>(part.count() * part.context));
-    all.tokens.insert(all.tokens.end(), part.tokens.begin(), part.tokens.end());
-    if (part.count() < shares[i])
-      notices.push_back(fmt::format("{} has {} windows of {} tokens, fewer than its share of {}",
-                                    options.calibration[i], part.count(), options.context,
-                                    shares[i]));
-  }
-  return all;
+  return text_of_files(tokenizer, file_shares(options), notices);
 }
 
 /// A quarter as much as is read, in whole windows; without a text all of it
@@ -228,34 +196,14 @@ TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& op
                               Progress& progress, std::vector<std::string>& notices) {
   TokenWindows text;
   text.context = options.context;
-  if (!options.calibration.empty()) text = text_of_files(source, options, notices);
+  if (!options.calibration.empty()) text = text_given(source, options, notices);
   add_self_text(source, options.common, self_calibration_tokens(options), progress, text);
   return text;
 }
 
-void add_self_text(const Checkpoint& source, const CommonOptions& common, std::int64_t tokens,
-                   Progress& progress, TokenWindows& text) {
-  const std::int64_t windows = tokens / text.context;
-  if (windows == 0) return;
-  // Half the memory to read for each token, and text is drawn from what rounding hardly moves.
-  Model model = Model::load(source, {.threads = common.threads, .weights = WeightType::kBF16});
-  const TokenWindows own = self_generated_text(
-      model, {.windows = windows, .context = text.context, .seed = common.seed},
-      [&](std::int64_t done, std::int64_t all) {
-        progress.update(fmt::format("writing calibration text {}/{}", done, all), done == all);
-      });
-  text.tokens.resize(static_cast<std::size_t>(text.count() * text.context));
-  text.tokens.insert(text.tokens.end(), own.tokens.begin(), own.tokens.end());
-}
-
 void check_combination(const ConvertOptions& options, const CLI::App& command) {
   const auto given = [&](const char* name) { return command.count(name) > 0; };
-  const std::int64_t own = self_calibration_tokens(options);
-  if (own > 0 && own < options.context)
-    throw InvalidArgument(
-        fmt::format("--self-calibration: {} tokens are less than one window of {}; give 0 or more "
-                    "than that, or a smaller --context",
-                    own, options.context));
+  check_self_text(self_calibration_tokens(options), options.context);
   if (options.active_share == 0.0) {
     for (const char* name :
          {"--shared", "--refit", "--refit-rounds", "--router", "--penalty", "--correction",
@@ -269,13 +217,7 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
     if (given(name))
       throw InvalidArgument(fmt::format(
           "{} and --active-share exclude each other: a budget decides it by itself", name));
-  check_text_weights("--calibration-weights", options.calibration_weights,
-                     options.calibration.size());
-  if (!options.calibration_weights.empty() && options.calibration_tokens == 0)
-    throw InvalidArgument(
-        "--calibration-weights divide --calibration-tokens among the texts, and 0 takes all of "
-        "each; "
-        "give a number of tokens, or no weights");
+  check_file_shares(file_shares(options));
   for (const char* name : {"--penalty", "--correction"})
     if (given(name) && options.refit == "off")
       throw InvalidArgument(fmt::format(

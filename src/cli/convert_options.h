@@ -51,15 +51,11 @@ BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden);
 /// What cleave.json records.
 Json settings_json(const ConvertOptions& options);
 
-/// The calibration text. For a budget equal parts of every file, or as --calibration-weights say,
-/// so that a long one does not push out the others. What the model writes itself follows.
+/// The calibration text: for a budget text_of_files(), else the files joined. What the model writes
+/// itself follows.
 /// @param notices  receives what a user should know
 TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& options,
                               Progress& progress, std::vector<std::string>& notices);
-/// Whole windows of text that a dense model writes itself, at most `tokens`, after `text`, whose
-/// last window is cut where it is not whole.
-void add_self_text(const Checkpoint& source, const CommonOptions& common, std::int64_t tokens,
-                   Progress& progress, TokenWindows& text);
 /// Tokens that the model writes itself: as asked for, or all where a budget has no other text.
 std::int64_t self_calibration_tokens(const ConvertOptions& options);
 /// Whether there is any calibration text.

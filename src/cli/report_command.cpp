@@ -2,7 +2,7 @@
 
 #include <memory>
 
-#include "cli/convert_options.h"
+#include "cli/calibration_text.h"
 #include "cli/report_command.h"
 
 namespace cleave::cli {
@@ -56,29 +56,51 @@ std::string table_text(const ConversionReport& report) {
   return text;
 }
 
-void run_report(ReportOptions options) {
-  const BaselineSet set = baseline_set(options.baselines);
-  if (set != BaselineSet::kNone && options.calibration.empty())
+FileShares file_shares(const ReportOptions& options) {
+  return {.files = options.calibration,
+          .weights = options.calibration_weights,
+          .tokens = options.calibration_tokens,
+          .context = options.context};
+}
+
+/// Refuses options that do not go together, before any work.
+void check_calibration(const ReportOptions& options, BaselineSet set) {
+  if (set == BaselineSet::kNone) {
+    if (options.self_calibration > 0)
+      throw InvalidArgument(
+          "--self-calibration: the model writes text for the baselines; give --baselines quick or "
+          "all, or leave it out");
+    return;
+  }
+  if (options.calibration.empty() && options.self_calibration == 0)
     throw InvalidArgument(
         "--baselines: they are fitted on text; give --calibration FILE, the one the model was "
-        "converted with, or --baselines none");
-  if (options.self_calibration > 0 && options.self_calibration < options.context)
-    throw InvalidArgument(
-        fmt::format("--self-calibration: {} tokens are less than one window of {}; give 0 or more "
-                    "than that, or a smaller --context",
-                    options.self_calibration, options.context));
+        "converted with, or --self-calibration N where it wrote its own, or --baselines none");
+  check_self_text(options.self_calibration, options.context);
+  check_file_shares(file_shares(options));
+}
+
+/// The text that a conversion to a budget with the same options learns from.
+TokenWindows calibration_text(const ReportOptions& options, const Tokenizer& tokenizer,
+                              Progress& progress) {
+  std::vector<std::string> notices;
+  TokenWindows text = text_of_files(tokenizer, file_shares(options), notices);
+  for (const std::string& notice : notices) progress.note("note: " + notice);
+  add_self_text(Checkpoint::open(options.dense), options.common, options.self_calibration, progress,
+                text);
+  return text;
+}
+
+void run_report(ReportOptions options) {
+  const BaselineSet set = baseline_set(options.baselines);
+  check_calibration(options, set);
   const Checkpoint converted = Checkpoint::open(options.model);
   if (options.out.empty()) options.out = converted.directory().string();
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(converted);
   Progress progress(options.common.quiet);
   std::optional<TokenWindows> calibration;
-  if (set != BaselineSet::kNone) {
-    calibration =
-        load_windows(tokenizer, options.calibration, options.context, options.calibration_tokens);
-    add_self_text(Checkpoint::open(options.dense), options.common, options.self_calibration,
-                  progress, *calibration);
-    if (options.self_calibration > 0) options.calibration.push_back("the model's own text");
-  }
+  if (set != BaselineSet::kNone) calibration = calibration_text(options, tokenizer, progress);
+  if (options.self_calibration > 0) options.calibration.push_back(kSelfTextName);
   const WrittenReport report = measure_and_write(options, converted, tokenizer,
                                                  calibration ? &*calibration : nullptr, progress);
   print_result(options.common, report.json, report.text);
@@ -129,7 +151,10 @@ void add_report_command(CLI::App& app) {
   command->add_option("--text", options->text, "Text file(s), UTF-8; each is measured by itself")
       ->required();
   command->add_option("--calibration", options->calibration,
-                      "Text file(s) that the baselines are fitted on (joined)");
+                      "Text file(s) that the baselines are fitted on, equal parts of each");
+  add_text_weights_option(*command, "--calibration-weights", options->calibration_weights,
+                          "The parts of --calibration-tokens that they get, 3,1 say; without: "
+                          "equal");
   command
       ->add_option("--baselines", options->baselines,
                    "What to measure beside the model: none, quick or all")
@@ -146,7 +171,7 @@ void add_report_command(CLI::App& app) {
       ->check(CLI::NonNegativeNumber);
   command
       ->add_option("--calibration-tokens", options->calibration_tokens,
-                   "Use only the first N tokens of the calibration text; 0: all")
+                   "Use at most N tokens of the calibration text; 0: all")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
   command

@@ -12,6 +12,7 @@ struct ReportOptions {
   CommonOptions common;
   std::string model, dense;
   std::vector<std::string> text, calibration;
+  std::vector<double> calibration_weights;  ///< one for each; empty: equal
   std::string baselines = "quick";
   std::string out;  ///< a directory
   std::int64_t context = 1024;

@@ -27,6 +27,8 @@ says err.txt 'writing calibration text 256/256'
 says report/report.md "Baselines: 768 tokens of sample.txt, the model's own text, seed 0"
 expect 2 $report --self-calibration 100
 says err.txt 'less than one window of 256'
+expect 2 $report --self-calibration 512 --baselines none
+says err.txt 'writes text for the baselines'
 expect 0 $convert --active-share 0.5 --quiet --json --baselines quick --text short.txt
 says out.txt '"verdict"'
 says out.txt '^    "layers 0 to 3 are under-determined' # "notices" of the conversion
@@ -100,6 +102,15 @@ says err.txt 'tiny.txt has [123] windows of 256 tokens, fewer than its share of 
 expect 0 $two --calibration-weights 7,1 --json
 says out.txt '"calibration_tokens": 2048'
 says out/cleave.json '"calibration_weights":\[7.0,1.0\]'
+# A report's baselines learn from the same: their numbers are those of the conversion's own report.
+expect 0 $two --calibration-weights 5,3 --baselines quick --text short.txt --quiet
+sed '/^## Time/,$d' out/report/report.md >converted.md
+expect 0 $cleave report out "$source" --calibration long.txt tiny.txt --calibration-tokens 2048 --context 256 \
+  --calibration-weights 5,3 --text short.txt --out report
+says err.txt 'note: tiny.txt has [12] windows of 256 tokens, fewer than its share of 3'
+sed '/^## Time/,$d' report/report.md | cmp -s - converted.md || fail 'the report on two texts differs from the one of their conversion'
+expect 2 $cleave report out "$source" --calibration long.txt tiny.txt --context 256 --calibration-weights 5 --text short.txt
+says err.txt '1 weights for 2 texts'
 expect 2 $two --calibration-weights 7
 says err.txt '1 weights for 2 texts'
 expect 2 $two --calibration-weights 7,-1
@@ -130,6 +141,11 @@ expect 0 $convert --active-share 0.5 --self-calibration 0 --quiet --json
 says out.txt '"calibration_tokens": 1024'
 expect 0 $cleave convert "$source" out --overwrite --active-share 0.5 --calibration-tokens 512 --context 256 --quiet --json
 says out.txt '"calibration_tokens": 512'
+own="$cleave report out $source --text short.txt --context 256 --out report_own"
+expect 0 $own --self-calibration 512
+says report_own/report.md "Baselines: 512 tokens of the model's own text, seed 0"
+expect 2 $own
+says err.txt 'or --self-calibration N'
 expect 0 $cleave convert "$source" out --overwrite --experts 8 --self-calibration 512 --context 256 --quiet --json
 says out.txt '"calibration_tokens": 510' # without the first of each window
 
