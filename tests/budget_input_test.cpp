@@ -100,29 +100,22 @@ TEST_F(BudgetInput, NamesLayerAndTokenOfWhatIsNotFinite) {
 }
 
 TEST_F(BudgetInput, RefusesWhatMakesNoSense) {
-  const auto refused = [&](const BudgetSpec& spec, const std::string& part) {
-    try {
-      convert_to_budget(source_, spec, calibration_);
-      ADD_FAILURE() << "not refused: " << part;
-    } catch (const InvalidArgument& error) {
-      EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
-    }
-  };
-  refused(budget(0.01), "less than one expert");
-  refused(budget(0.016), "less than one expert of 16; give at least 0.03125");  // rounds to one
-  refused(budget(1.5), "active share 1.5");
+  expect_refused(budget(0.01), "less than one expert");
+  expect_refused(budget(0.016),
+                 "less than one expert of 16; give at least 0.03125");  // rounds to one
+  expect_refused(budget(1.5), "active share 1.5");
   BudgetSpec spec = budget(0.5);
   spec.expert_width = 48;
-  refused(spec, "do not divide H = 512");
+  expect_refused(spec, "do not divide H = 512");
   spec = budget(0.5);
   spec.shared_share = -0.1;
-  refused(spec, "shared");
+  expect_refused(spec, "shared");
   spec = budget(0.5);
   spec.router_method = RouterMethod::kLowRank;
   spec.router_rank = 25;
-  refused(spec, "rank 25 for 24 experts");
+  expect_refused(spec, "rank 25 for 24 experts");
   calibration_.tokens.resize(100);
-  refused(budget(0.5), "window");
+  expect_refused(budget(0.5), "window");
 }
 
 /// Neuron j of a dense FFN does nothing any more: without gate, up or down, or any, as `part` says.

@@ -3,8 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <string>
 
 #include "cleave/convert.h"
+#include "cleave/error.h"
 #include "cleave/evaluate.h"
 #include "cleave/export.h"
 #include "cleave/model.h"
@@ -47,6 +49,15 @@ class BudgetTest : public ::testing::Test {
   }
   double kl(const BudgetSpec& spec) {
     return evaluate_written(convert_to_budget(source_, spec, calibration_)).kl;
+  }
+  /// The conversion throws InvalidArgument with `part` in its message.
+  void expect_refused(const BudgetSpec& spec, const std::string& part) {
+    try {
+      convert_to_budget(source_, spec, calibration_);
+      ADD_FAILURE() << "not refused: " << part;
+    } catch (const InvalidArgument& error) {
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos) << error.what();
+    }
   }
 
   TempDir dir_;
