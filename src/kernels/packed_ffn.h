@@ -34,11 +34,15 @@ void run_checked(const FfnCall& call, Workspace& workspace, const ParallelFor& p
 
 /// Few tokens per expert: weights are read once, as they are stored. See packed_ffn_decode.cpp.
 void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
+/// The same with rows rounded to bfloat16, where uses_dots(). See packed_ffn_dot_decode.cpp.
+void run_dot_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
 /// Many: weights are unpacked once per pass. See packed_ffn_prefill.cpp.
 void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
 /// What they need of a workspace for up to `tokens` tokens.
 std::size_t decode_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
                          std::int64_t parts);
+std::size_t dot_decode_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
+                             std::int64_t parts);
 std::size_t prefill_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
                           std::int64_t parts);
 

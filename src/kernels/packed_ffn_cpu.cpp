@@ -1,4 +1,4 @@
-// moe_ffn and dense_ffn on packed weights: checks, and the choice between the two ways to run them.
+// moe_ffn and dense_ffn on packed weights: checks, and the choice between the ways to run them.
 
 #include <algorithm>
 #include <limits>
@@ -16,7 +16,13 @@ namespace {
 /// multiplied as pairs.
 std::int64_t prefill_rows(const PackedExperts& experts) {
   if (!uses_dots(experts)) return 16;
-  return is_narrow(experts) ? 9 : 5;
+  return is_narrow(experts) ? 14 : 5;
+}
+
+/// Narrow experts' rows per expert from which on they are rounded and multiplied as pairs.
+constexpr std::int64_t kPairedRows = 3;
+bool decodes_as_pairs(const PackedExperts& experts) {
+  return uses_dots(experts) && is_narrow(experts);
 }
 
 void check_packed_shapes(const char* function, const PackedExperts& experts,
@@ -45,8 +51,11 @@ std::size_t dense_routing_bytes(std::int64_t T) {
 
 void run_checked(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
   if (call.x.rows == 0 || call.k == 0) return;
-  if (call.x.rows * call.k >= prefill_rows(call.experts) * call.experts.num_experts())
+  const std::int64_t pairs = call.x.rows * call.k, E = call.experts.num_experts();
+  if (pairs >= prefill_rows(call.experts) * E)
     run_prefill(call, workspace, parallel);
+  else if (decodes_as_pairs(call.experts) && pairs >= kPairedRows * E)
+    run_dot_decode(call, workspace, parallel);
   else
     run_decode(call, workspace, parallel);
 }
@@ -57,7 +66,10 @@ std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t nu
   if (T < 1 || k < 1) return 0;
   // Fewer tokens than these may be run in the other way.
   const std::int64_t decoded = std::min(T, (prefill_rows(experts) * experts.num_experts() - 1) / k);
-  return std::max(decode_bytes(experts, decoded, k, parts), prefill_bytes(experts, T, k, parts));
+  const std::size_t decode = std::max(
+      decode_bytes(experts, decoded, k, parts),
+      decodes_as_pairs(experts) ? dot_decode_bytes(experts, decoded, k, parts) : std::size_t{0});
+  return std::max(decode, prefill_bytes(experts, T, k, parts));
 }
 
 void moe_ffn(const PackedExperts& experts, const RoutingView& routing, float scale,
