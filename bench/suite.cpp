@@ -97,8 +97,8 @@ class FineLayers {
     const MatrixView<float> y(y_.data(), T_, 576), logits(logits_.data(), T_, 72);
     linear(router_, x, {}, logits, false, workspace_, parallel_);
     route(logits, {.experts_per_token = 24, .mode = GateMode::kSoftmax}, ignored_, parallel_);
-    moe_ffn(routed_.layer(layer), routing_, 1.0f, x, y, workspace_, parallel_);
-    dense_ffn(shared_.layer(layer), x, y, workspace_, parallel_);
+    moe_ffn(routed_.layer(layer), routing_, 1.0f, shared_.layer(layer), x, y, workspace_,
+            parallel_);
   }
 
   std::int64_t T_;

@@ -181,7 +181,8 @@ void c_experts_run(const cleave_experts* experts, const cleave_ffn_call* given) 
   const ParallelFor parallel = threads.parallel_for();
   Workspace workspace = c_workspace(call, moe_ffn_workspace_size(packed, T, K, parallel.threads));
   const float scale = call.scale == 0.0f ? 1.0f : call.scale;
-  run_checked({packed, routing.ids, routing.weights, K, scale, x, y}, workspace, parallel);
+  const FfnCall all{packed, routing.ids, routing.weights, K, scale, x, y};
+  run_checked({&all, 1}, workspace, parallel);
   c_add_biases(*experts, call, scale, y, parallel);
   threads.finish();
 }

@@ -142,9 +142,10 @@ void Model::Impl::run_experts(const PackedMoe& moe, float threshold, MatrixView<
   route(logits,
         {.experts_per_token = moe.experts_per_token, .mode = moe.gate, .threshold = threshold},
         routing, pool.parallel_for());
-  moe_ffn(moe.experts, routing, moe.scale, normed, y, workspace, pool.parallel_for());
   if (moe.shared.num_experts() > 0)
-    cleave::dense_ffn(moe.shared, normed, y, workspace, pool.parallel_for());
+    moe_ffn(moe.experts, routing, moe.scale, moe.shared, normed, y, workspace, pool.parallel_for());
+  else
+    moe_ffn(moe.experts, routing, moe.scale, normed, y, workspace, pool.parallel_for());
   if (moe.experts.down_bias().empty()) return;
   for (std::int64_t t = 0; t < y.rows; ++t)
     isa_kernels().add(moe.experts.down_bias().data(), y.row(t), y.cols);

@@ -200,10 +200,22 @@ void moe_ffn(const PackedExperts& experts, const RoutingView& routing, float sca
              MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
              const ParallelFor& parallel);
 
+/// moe_ffn() and dense_ffn() of the shared experts, `shared`, at once: threads wait for each other
+/// less often.
+/// @throws InvalidArgument  as those two
+void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
+             const PackedExperts& shared, MatrixView<const float> x, MatrixView<float> y,
+             Workspace& workspace, const ParallelFor& parallel);
+
 /// Bytes of workspace that are enough for moe_ffn() on up to `num_tokens` tokens (T) with K experts
 /// each, on `threads` threads. Depends on nothing else.
 std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t num_tokens,
                                    std::int64_t experts_per_token, int threads);
+
+/// The same for moe_ffn() with shared experts.
+std::size_t moe_ffn_workspace_size(const PackedExperts& experts, const PackedExperts& shared,
+                                   std::int64_t num_tokens, std::int64_t experts_per_token,
+                                   int threads);
 
 /// y[t] += dense FFN(x[t]), output bias included; `ffn` holds one expert. As to memory and threads
 /// like moe_ffn().

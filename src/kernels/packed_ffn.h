@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "cleave/packed.h"
 #include "fail.h"
@@ -29,22 +30,42 @@ inline bool is_narrow(const PackedExperts& experts) {
 /// Whether prompts are multiplied as bfloat16 pairs.
 bool uses_dots(const PackedExperts& experts);
 
-/// moe_ffn() but for its checks: ids are in range, and no token has one twice.
-void run_checked(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
+/// How experts run, by their rows (tokens each, on average).
+enum class FfnWay {
+  kDecode,     ///< few: weights are read once, as they are stored. packed_ffn_decode.cpp
+  kDotDecode,  ///< the same with rows rounded to bfloat16, where uses_dots(). *_dot_decode.cpp
+  kPrefill     ///< many: weights are unpacked once per pass. packed_ffn_prefill.cpp
+};
+FfnWay ffn_way(const PackedExperts& experts, std::int64_t tokens, std::int64_t k);
 
-/// Few tokens per expert: weights are read once, as they are stored. See packed_ffn_decode.cpp.
-void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
-/// The same with rows rounded to bfloat16, where uses_dots(). See packed_ffn_dot_decode.cpp.
-void run_dot_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
-/// Many: weights are unpacked once per pass. See packed_ffn_prefill.cpp.
+/// moe_ffn() but for its checks: ids are in range, and no token has one twice. Several calls are of
+/// the same x and y.
+void run_checked(std::span<const FfnCall> calls, Workspace& workspace, const ParallelFor& parallel);
+
+/// The ways of few rows: all parts run a share of each call's panels into a sum of their own. So
+/// several calls wait for each other once.
+void run_few(std::span<const FfnCall> calls, Workspace& workspace, const ParallelFor& parallel);
 void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
+
+/// Experts, and how many of them each token has.
+struct ActiveExperts {
+  const PackedExperts& experts;
+  std::int64_t k;
+};
 /// What they need of a workspace for up to `tokens` tokens.
-std::size_t decode_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
-                         std::int64_t parts);
-std::size_t dot_decode_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
-                             std::int64_t parts);
+std::size_t few_bytes(std::span<const ActiveExperts> all, std::int64_t tokens, std::int64_t parts);
 std::size_t prefill_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
                           std::int64_t parts);
+
+/// sum [T, D] += part `part` of `parts` of the call. `scratch`: as many bytes as the next function
+/// says.
+void decode_share(const FfnCall& call, std::byte* scratch, MatrixView<float> sum, std::int64_t part,
+                  std::int64_t parts);
+std::size_t decode_scratch(const PackedExperts& experts, std::int64_t tokens, std::int64_t k);
+/// The same; writes whole panels.
+void dot_decode_share(const FfnCall& call, std::byte* scratch, MatrixView<float> sum,
+                      std::int64_t part, std::int64_t parts);
+std::size_t dot_decode_scratch(const PackedExperts& experts, std::int64_t tokens, std::int64_t k);
 
 /// Cuts a piece of memory into arrays; with nullptr it only adds up what they need.
 class Carver {

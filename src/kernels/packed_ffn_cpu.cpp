@@ -12,17 +12,17 @@
 namespace cleave {
 namespace {
 
+/// An FFN that memory gives in a tenth of a millisecond or so: to wait for other threads costs it
+/// a per cent each time.
+bool is_small(const PackedExperts& experts) { return experts.bytes() <= (std::int64_t{8} << 20); }
+
 /// Rows per expert from which on a second phase pays, with weights unpacked once for all rows or
 /// multiplied as pairs.
 std::int64_t prefill_rows(const PackedExperts& experts) {
   if (!uses_dots(experts)) return 16;
-  return is_narrow(experts) ? 14 : 5;
-}
-
-/// Narrow experts' rows per expert from which on they are rounded and multiplied as pairs.
-constexpr std::int64_t kPairedRows = 3;
-bool decodes_as_pairs(const PackedExperts& experts) {
-  return uses_dots(experts) && is_narrow(experts);
+  if (is_narrow(experts)) return 14;
+  if (!is_small(experts)) return 5;
+  return experts.num_experts() == 1 ? 13 : 10;  // a product has 12 rows, and those of experts vary
 }
 
 void check_packed_shapes(const char* function, const PackedExperts& experts,
@@ -39,49 +39,112 @@ void check_pairs(const char* function, std::int64_t T, std::int64_t K) {
                   function, T, K);
 }
 
-/// Room that dense_ffn() needs before that of moe_ffn(): ids and weights [T].
-std::size_t dense_routing_bytes(std::int64_t T) {
+/// The most tokens, up to `tokens`, that do not run as a prompt.
+std::int64_t few_tokens(const ActiveExperts& a, std::int64_t tokens) {
+  return std::min(tokens, (prefill_rows(a.experts) * a.experts.num_experts() - 1) / a.k);
+}
+
+/// Routing of tokens that all go to expert 0. Lives in the workspace.
+struct AlwaysOn {
+  std::int32_t* ids;  // [T]
+  float* ones;        // [T]
+};
+AlwaysOn carve_always_on(Carver& from, std::int64_t T) {
+  return {from.take<std::int32_t>(T), from.take<float>(T)};
+}
+std::size_t always_on_bytes(std::int64_t T) {
   Carver sizes(nullptr);
-  sizes.take<std::int32_t>(T);
-  sizes.take<float>(T);
+  carve_always_on(sizes, T);
   return sizes.used();
+}
+
+constexpr std::int64_t kTokensPerRange = 256;
+
+/// A dense FFN for all tokens, after `routed` if that is given. `bytes`: of workspace.
+void run_always_on(const FfnCall* routed, const PackedExperts& ffn, MatrixView<const float> x,
+                   MatrixView<float> y, std::size_t bytes, Workspace& workspace,
+                   const ParallelFor& parallel) {
+  const std::int64_t T = x.rows;
+  std::byte* memory = workspace.get(bytes);
+  Carver room(memory);
+  const AlwaysOn all = carve_always_on(room, T);
+  parallel(T, kTokensPerRange, [&](std::int64_t begin, std::int64_t end) {
+    std::fill(all.ids + begin, all.ids + end, 0);
+    std::fill(all.ones + begin, all.ones + end, 1.0f);
+  });
+  Workspace rest(std::span<std::byte>(memory + room.used(), bytes - room.used()));
+  const FfnCall always{ffn, all.ids, all.ones, 1, 1.0f, x, y};
+  const FfnCall calls[2] = {routed != nullptr ? *routed : always, always};
+  run_checked(std::span(calls).subspan(routed != nullptr ? 0 : 1), rest, parallel);
+  if (ffn.down_bias().empty()) return;
+  parallel(T, kTokensPerRange, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t)
+      isa_kernels().add(ffn.down_bias().data(), y.row(t), y.cols);
+  });
+}
+
+/// What moe_ffn() runs, checked.
+FfnCall checked_call(const PackedExperts& experts, const RoutingView& routing, float scale,
+                     MatrixView<const float> x, MatrixView<float> y) {
+  check_packed_shapes("moe_ffn", experts, x, y);
+  if (routing.num_tokens != x.rows)
+    fail_argument("moe_ffn: the routing is of {} tokens, x has {}", routing.num_tokens, x.rows);
+  check_pairs("moe_ffn", routing.num_tokens, routing.experts_per_token);
+  check_routing("moe_ffn", routing, experts.num_experts());
+  return {experts, routing.ids, routing.weights, routing.experts_per_token, scale, x, y};
+}
+
+void check_one_expert(const char* function, const PackedExperts& ffn) {
+  if (ffn.num_experts() != 1)
+    fail_argument("{}: {} experts; a dense FFN is one", function, ffn.num_experts());
 }
 
 }  // namespace
 
-void run_checked(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
-  if (call.x.rows == 0 || call.k == 0) return;
-  const std::int64_t pairs = call.x.rows * call.k, E = call.experts.num_experts();
-  if (pairs >= prefill_rows(call.experts) * E)
-    run_prefill(call, workspace, parallel);
-  else if (decodes_as_pairs(call.experts) && pairs >= kPairedRows * E)
-    run_dot_decode(call, workspace, parallel);
-  else
-    run_decode(call, workspace, parallel);
+FfnWay ffn_way(const PackedExperts& experts, std::int64_t tokens, std::int64_t k) {
+  constexpr std::int64_t kPairedRows = 3;
+  const std::int64_t pairs = tokens * k, E = experts.num_experts();
+  if (pairs >= prefill_rows(experts) * E) return FfnWay::kPrefill;
+  const bool paired = uses_dots(experts) && (is_narrow(experts) || is_small(experts));
+  return paired && pairs >= kPairedRows * E ? FfnWay::kDotDecode : FfnWay::kDecode;
+}
+
+void run_checked(std::span<const FfnCall> calls, Workspace& workspace,
+                 const ParallelFor& parallel) {
+  const auto is_few = [](const FfnCall& c) {
+    return ffn_way(c.experts, c.x.rows, c.k) != FfnWay::kPrefill;
+  };
+  if (std::all_of(calls.begin(), calls.end(), is_few)) return run_few(calls, workspace, parallel);
+  for (const FfnCall& c : calls)
+    is_few(c) ? run_few({&c, 1}, workspace, parallel) : run_prefill(c, workspace, parallel);
 }
 
 std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t num_tokens,
                                    std::int64_t experts_per_token, int threads) {
   const std::int64_t T = num_tokens, k = experts_per_token, parts = std::max(1, threads);
   if (T < 1 || k < 1) return 0;
-  // Fewer tokens than these may be run in the other way.
-  const std::int64_t decoded = std::min(T, (prefill_rows(experts) * experts.num_experts() - 1) / k);
-  const std::size_t decode = std::max(
-      decode_bytes(experts, decoded, k, parts),
-      decodes_as_pairs(experts) ? dot_decode_bytes(experts, decoded, k, parts) : std::size_t{0});
-  return std::max(decode, prefill_bytes(experts, T, k, parts));
+  const ActiveExperts active{experts, k};
+  return std::max(few_bytes({&active, 1}, few_tokens(active, T), parts),
+                  prefill_bytes(experts, T, k, parts));
+}
+
+std::size_t moe_ffn_workspace_size(const PackedExperts& experts, const PackedExperts& shared,
+                                   std::int64_t num_tokens, std::int64_t experts_per_token,
+                                   int threads) {
+  const std::int64_t T = num_tokens, k = experts_per_token;
+  if (T < 1 || k < 1) return dense_ffn_workspace_size(shared, T, threads);
+  const ActiveExperts both[] = {{experts, k}, {shared, 1}};
+  const std::size_t alone = std::max(moe_ffn_workspace_size(experts, T, k, threads),
+                                     moe_ffn_workspace_size(shared, T, 1, threads));
+  const std::int64_t few = std::min(few_tokens(both[0], T), few_tokens(both[1], T));
+  return always_on_bytes(T) + std::max(alone, few_bytes(both, few, std::max(1, threads)));
 }
 
 void moe_ffn(const PackedExperts& experts, const RoutingView& routing, float scale,
              MatrixView<const float> x, MatrixView<float> y, Workspace& workspace,
              const ParallelFor& parallel) {
-  check_packed_shapes("moe_ffn", experts, x, y);
-  if (routing.num_tokens != x.rows)
-    fail_argument("moe_ffn: the routing is of {} tokens, x has {}", routing.num_tokens, x.rows);
-  check_pairs("moe_ffn", routing.num_tokens, routing.experts_per_token);
-  check_routing("moe_ffn", routing, experts.num_experts());
-  run_checked({experts, routing.ids, routing.weights, routing.experts_per_token, scale, x, y},
-              workspace, parallel);
+  const FfnCall call = checked_call(experts, routing, scale, x, y);
+  if (x.rows > 0 && call.k > 0) run_checked({&call, 1}, workspace, parallel);
 }
 
 void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
@@ -90,37 +153,32 @@ void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
   moe_ffn(experts, checked_view("moe_ffn", routing), scale, x, y, workspace, parallel);
 }
 
+void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
+             const PackedExperts& shared, MatrixView<const float> x, MatrixView<float> y,
+             Workspace& workspace, const ParallelFor& parallel) {
+  const FfnCall call = checked_call(experts, checked_view("moe_ffn", routing), scale, x, y);
+  check_one_expert("moe_ffn: shared experts", shared);
+  check_packed_shapes("moe_ffn: shared experts", shared, x, y);
+  if (x.rows == 0) return;
+  run_always_on(call.k > 0 ? &call : nullptr, shared, x, y,
+                moe_ffn_workspace_size(experts, shared, x.rows, call.k, parallel.threads),
+                workspace, parallel);
+}
+
 std::size_t dense_ffn_workspace_size(const PackedExperts& ffn, std::int64_t num_tokens,
                                      int threads) {
   if (num_tokens < 1) return 0;
-  return dense_routing_bytes(num_tokens) + moe_ffn_workspace_size(ffn, num_tokens, 1, threads);
+  return always_on_bytes(num_tokens) + moe_ffn_workspace_size(ffn, num_tokens, 1, threads);
 }
 
 void dense_ffn(const PackedExperts& ffn, MatrixView<const float> x, MatrixView<float> y,
                Workspace& workspace, const ParallelFor& parallel) {
-  if (ffn.num_experts() != 1)
-    fail_argument("dense_ffn: {} experts; a dense FFN is one", ffn.num_experts());
+  check_one_expert("dense_ffn", ffn);
   check_packed_shapes("dense_ffn", ffn, x, y);
   check_pairs("dense_ffn", x.rows, 1);
-  const std::int64_t T = x.rows;
-  if (T == 0) return;
-  const std::size_t bytes = dense_ffn_workspace_size(ffn, T, parallel.threads);
-  std::byte* memory = workspace.get(bytes);
-  Carver room(memory);
-  auto* ids = room.take<std::int32_t>(T);
-  auto* ones = room.take<float>(T);
-  constexpr std::int64_t kTokensPerRange = 256;
-  parallel(T, kTokensPerRange, [&](std::int64_t begin, std::int64_t end) {
-    std::fill(ids + begin, ids + end, 0);
-    std::fill(ones + begin, ones + end, 1.0f);
-  });
-  Workspace rest(std::span<std::byte>(memory + room.used(), bytes - room.used()));
-  run_checked({ffn, ids, ones, 1, 1.0f, x, y}, rest, parallel);
-  if (ffn.down_bias().empty()) return;
-  parallel(T, kTokensPerRange, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t)
-      isa_kernels().add(ffn.down_bias().data(), y.row(t), y.cols);
-  });
+  if (x.rows == 0) return;
+  run_always_on(nullptr, ffn, x, y, dense_ffn_workspace_size(ffn, x.rows, parallel.threads),
+                workspace, parallel);
 }
 
 }  // namespace cleave

@@ -1,7 +1,7 @@
 // Experts with few tokens each: memory is the limit. Every part takes a share of the active
-// experts' panels, balanced by cost, and runs all their tokens through it into a sum of its own;
-// the sums are added at the end. So each weight is read once, in one stream per thread and product,
-// and there is no barrier between the two products.
+// experts' panels, balanced by cost, and runs all their tokens through it into a sum of its own
+// (packed_ffn_few.cpp). So each weight is read once, in one stream per thread and product, and
+// there is no barrier between the two products.
 
 #include <algorithm>
 
@@ -29,7 +29,6 @@ std::int64_t hidden_stride(const PackedExperts& experts) {
 
 /// What one part writes. Lives in the workspace.
 struct DecodeScratch {
-  float* sum;  // [tokens, D] its share of y; the first part writes y itself
   PairGroups groups;
   float* products;            // [8, 32] gate|up of a panel
   float* hidden;              // [rows, hidden_stride()]
@@ -45,7 +44,6 @@ DecodeScratch carve_decode(Carver& from, const PackedExperts& experts, std::int6
                            std::int64_t k) {
   const std::int64_t blocks = num_blocks(experts.d_model());
   DecodeScratch s;
-  s.sum = from.take<float>(tokens * experts.d_model());
   s.groups = carve_groups(from, experts.num_experts(), tokens * k);
   s.products = from.take<float>(kMaxPanelRows * kPanelWidth);
   const std::int64_t stride = hidden_stride(experts);
@@ -207,42 +205,21 @@ class DecodePart {
 
 }  // namespace
 
-std::size_t decode_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
-                         std::int64_t parts) {
+std::size_t decode_scratch(const PackedExperts& experts, std::int64_t tokens, std::int64_t k) {
   Carver sizes(nullptr);
   carve_decode(sizes, experts, tokens, k);
-  return sizes.used() * static_cast<std::size_t>(parts);
+  return sizes.used();
 }
 
-void run_decode(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel) {
-  const std::int64_t T = call.x.rows, D = call.x.cols, parts = std::max(1, parallel.threads);
-  const std::size_t each = decode_bytes(call.experts, T, call.k, 1);
-  std::byte* memory = workspace.get(each * static_cast<std::size_t>(parts));
-  const auto scratch_of = [&](std::int64_t part) {
-    Carver room(memory + each * static_cast<std::size_t>(part));
-    return carve_decode(room, call.experts, T, call.k);
-  };
-  parallel(parts, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
-    for (std::int64_t part = part_begin; part < part_end; ++part) {
-      const DecodeScratch scratch = scratch_of(part);
-      if (part > 0) std::fill_n(scratch.sum, T * D, 0.0f);
-      DecodePart runner(call, scratch, part > 0 ? MatrixView<float>(scratch.sum, T, D) : call.y);
-      // A panel costs its reading and its rows; the constant is what a row's arithmetic is worth.
-      const auto cost = [&](std::int64_t e) {
-        return runner.rows(e) == 0 ? 0 : 12 + runner.rows(e);
-      };
-      for_share_of_panels(
-          call.experts, part, parts, cost,
-          [&](std::int64_t e, std::int64_t begin, std::int64_t end) { runner.run(e, begin, end); });
-    }
-  });
-  if (parts == 1) return;
-  constexpr std::int64_t kRowsPerRange = 8;
-  parallel(T, kRowsPerRange, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t part = 1; part < parts; ++part)
-      for (std::int64_t t = begin; t < end; ++t)
-        isa_kernels().add(scratch_of(part).sum + t * D, call.y.row(t), D);
-  });
+void decode_share(const FfnCall& call, std::byte* scratch, MatrixView<float> sum, std::int64_t part,
+                  std::int64_t parts) {
+  Carver room(scratch);
+  DecodePart runner(call, carve_decode(room, call.experts, call.x.rows, call.k), sum);
+  // A panel costs its reading and its rows; the constant is what a row's arithmetic is worth.
+  const auto cost = [&](std::int64_t e) { return runner.rows(e) == 0 ? 0 : 12 + runner.rows(e); };
+  for_share_of_panels(
+      call.experts, part, parts, cost,
+      [&](std::int64_t e, std::int64_t begin, std::int64_t end) { runner.run(e, begin, end); });
 }
 
 }  // namespace cleave

@@ -293,6 +293,67 @@ TEST(PackedMoeFfn, AllExpertsEqualTheDenseFfn) {
       }
 }
 
+/// Routed and shared experts in one call, in exactly as much memory as that asks for.
+void expect_shared_experts_are_right(std::mt19937& rng, const FfnKind& kind, const FfnShape& s,
+                                     WeightType type, const ParallelFor& parallel) {
+  const ExpertBank bank = random_bank(rng, kind, s);
+  const Routing routing = random_routing(rng, s);
+  const std::int64_t T = s.T, D = s.D, width = pick(rng, 1, 130);
+  const DenseFfn slice = random_dense(rng, D, width, kind.gated, kind.biases, kind.activation);
+  const PackedExperts packed(bank, type), shared(slice.view(), type);
+  const OwnedMatrix x =
+      type == WeightType::kBF16 ? random_bf16_matrix(rng, T, D) : random_matrix(rng, T, D);
+  OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
+  OwnedMatrix magnitude_of_shared = actual;
+  moe_ffn_reference(packed.unpack(), routing, 1.5f, x.view(), expected.view(), magnitude.view());
+  dense_ffn_reference(to_dense(shared.unpack()).view(), x.view(), expected.view(),
+                      magnitude_of_shared.view());
+  for (std::size_t i = 0; i < magnitude.values.size(); ++i)
+    magnitude.values[i] += magnitude_of_shared.values[i];
+  std::vector<std::byte> memory(
+      moe_ffn_workspace_size(packed, shared, T, routing.experts_per_token, parallel.threads) + 64);
+  const auto offset = -reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
+  Workspace workspace(std::span<std::byte>(memory).subspan(offset, memory.size() - 64));
+  moe_ffn(packed, routing, 1.5f, shared, x.view(), actual.view(), workspace, parallel);
+  const std::int64_t neurons = most_neurons(bank, routing.experts_per_token) + width;
+  expect_near(actual, expected, magnitude, ffn_bound(D, neurons) + hidden_bound(type));
+}
+
+TEST(PackedMoeFfn, RunsSharedExpertsBesideTheOthers) {
+  Pools pools;
+  unsigned seed = 0;
+  for (const WeightType type : kWeightTypes)
+    for (const FfnKind& kind : all_ffn_kinds())
+      for (int round = 0; round < 3; ++round) {
+        std::mt19937 rng(++seed);
+        const FfnShape shape = draw_shape(rng);
+        SCOPED_TRACE(
+            fmt::format("seed={} {} {}", seed, weight_type_name(type), describe(kind, shape)));
+        expect_shared_experts_are_right(rng, kind, shape, type, pools.of(shape.threads));
+        if (::testing::Test::HasFatalFailure()) return;
+      }
+}
+
+TEST(PackedMoeFfn, RefusesSharedExpertsThatAreSeveralOrOfAnotherWidth) {
+  Workspace workspace;
+  std::mt19937 rng(1);
+  const auto bank = [&](std::int64_t D, std::int64_t E) {
+    return PackedExperts(random_bank(rng, D, 32, E, true, false, Activation::kSilu),
+                         WeightType::kF32);
+  };
+  const PackedExperts packed = bank(8, 4), several = bank(8, 2), wide = bank(12, 1);
+  const OwnedMatrix x = random_matrix(rng, 1, 8);
+  OwnedMatrix y = x;
+  const Routing routing{1, 2, {0, 1}, {0.5f, 0.5f}};
+  for (const PackedExperts* shared : {&several, &wide}) {
+    const auto run = [&] {
+      moe_ffn(packed, routing, 1.0f, *shared, x.view(), y.view(), workspace, {});
+    };
+    EXPECT_THROW(run(), InvalidArgument);
+  }
+  EXPECT_EQ(y.values, x.values);
+}
+
 TEST(PackedMoeFfn, RefusesATokenWithOneExpertTwice) {
   Workspace workspace;
   std::mt19937 rng(1);
