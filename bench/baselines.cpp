@@ -160,6 +160,15 @@ class OpenBlas : public DenseBaseline {
 
 }  // namespace
 
+std::string onednn_version() {
+#ifdef CLEAVE_HAVE_DNNL
+  const dnnl_version_t* v = dnnl_version();
+  return std::to_string(v->major) + '.' + std::to_string(v->minor) + '.' + std::to_string(v->patch);
+#else
+  return {};
+#endif
+}
+
 std::unique_ptr<DenseBaseline> onednn_baseline([[maybe_unused]] const BaselineShape& shape,
                                                [[maybe_unused]] bool bf16) {
 #ifdef CLEAVE_HAVE_DNNL

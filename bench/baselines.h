@@ -24,6 +24,11 @@ struct BaselineShape {
   int threads;
 };
 
+/// "2.6.3"; "" where the library was not there at build time.
+std::string onednn_version();
+inline constexpr const char* kNoOneDnn =
+    "this build has no oneDNN; install libdnnl-dev, then cmake and the build again";
+
 /// nullptr where the library was not there at build time. `bf16`: weights and inputs.
 std::unique_ptr<DenseBaseline> onednn_baseline(const BaselineShape& shape, bool bf16);
 std::unique_ptr<DenseBaseline> openblas_baseline(const BaselineShape& shape);

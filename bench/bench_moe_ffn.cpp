@@ -6,13 +6,13 @@
 // avoid (at T = 8 and K / E = 1/4, 90 % of the weights are read).
 #include <fmt/format.h>
 
-#include <CLI/CLI.hpp>
 #include <map>
 #include <nlohmann/json.hpp>
 
 #include "atomic_file.h"
 #include "baselines.h"
 #include "ffn_setup.h"
+#include "program.h"
 #include "suite.h"
 #include "support/thread_pool.h"
 
@@ -31,7 +31,8 @@ struct Options {
   int threads = 2;
   int repeats = 15;
   bool suite = false;
-  std::string json, only;
+  SuiteOptions goals;
+  std::string json;
 };
 
 const std::map<std::string, std::pair<std::int64_t, std::int64_t>> kShapes = {
@@ -118,22 +119,18 @@ class Comparison {
       tasks.push_back(
           [&](std::int64_t r) { b->run(r % shape_.layers, routing, x.data(), y.data()); });
     const auto times = time_in_turn(tasks, o_.repeats);
-    std::vector<double> ratios;
-    for (std::size_t i = 0; i < times[0].rounds_s.size(); ++i)
-      ratios.push_back(times[0].rounds_s[i] / times[1].rounds_s[i]);
-    const Timing spread = summary(std::move(ratios));
-    const double ratio = paired_ratio(times[0], times[1]);
+    const Measured ratio = paired_ratio(times[0], times[1]);
     nlohmann::ordered_json row{{"tokens", T},
                                {"dense_s", times[0].median_s},
                                {"dense_quartiles_s", {times[0].low_s, times[0].high_s}},
                                {"sparse_s", times[1].median_s},
                                {"sparse_quartiles_s", {times[1].low_s, times[1].high_s}},
-                               {"speedup", ratio},
-                               {"speedup_quartiles", {spread.low_s, spread.high_s}},
+                               {"speedup", ratio.median},
+                               {"speedup_quartiles", {ratio.low, ratio.high}},
                                {"touched", touched(shape_, routing)},
                                {"others", nlohmann::ordered_json::object()}};
     fmt::print("{:6}  {:9.3f}  {:9.3f}  {:7.2f}x  {:7.2f}", T, 1e3 * times[0].median_s,
-               1e3 * times[1].median_s, ratio, ratio / ideal_);
+               1e3 * times[1].median_s, ratio.median, ratio.median / ideal_);
     for (std::size_t i = 2; i < times.size(); ++i) {
       const std::size_t d = i - 2;
       const std::string name = d < dense_others_.size()
@@ -195,18 +192,27 @@ int main(int argc, char** argv) {
       ->delimiter(',')
       ->check(CLI::IsMember(
           Names{"onednn-f32", "onednn-bf16", "openblas-f32", "libtorch-f32", "libtorch-bf16"}));
-  app.add_flag("--suite", o.suite, "The table of goals instead (docs/benchmarks.md)");
-  app.add_option("--only", o.only, "With --suite: rows whose name begins so, such as C1");
-  app.add_option("--json", o.json, "Write the result to this file, too (for bench/plot.py)");
-  CLI11_PARSE(app, argc, argv);
-  try {
-    if (o.suite)
-      run_suite(o.threads, o.only, o.json);
-    else
-      Comparison(o).run();
-  } catch (const std::exception& error) {
-    fmt::print(stderr, "bench_moe_ffn: {}\n", error.what());
-    return 1;
-  }
-  return 0;
+  CLI::Option* suite =
+      app.add_flag("--suite", o.suite, "The table of goals instead (docs/benchmarks.md)");
+  app.add_option("--only", o.goals.only, "With --suite: these rows")
+      ->delimiter(',')
+      ->needs(suite)
+      ->check(CLI::IsMember(kSuiteRows));
+  app.add_option(
+         "--model", o.goals.model,
+         "With --suite: dense model of the rows C7 and E1, directory or GGUF file; without: "
+         "models/SmolLM2-135M-Instruct.Q4_1.gguf")
+      ->needs(suite);
+  app.add_option("--converted", o.goals.converted,
+                 "With --suite: what cleave convert made of it, 2 of 8 experts; without: converted "
+                 "for the run")
+      ->needs(suite);
+  app.add_option("--json", o.json, "Write the result to this file, too (for bench/plot.py)")
+      ->check(kFileToWrite);
+  return run_program(app, argc, argv, [&] {
+    if (!o.suite) return Comparison(o).run();
+    o.goals.threads = o.threads;
+    o.goals.json = o.json;
+    run_suite(o.goals);
+  });
 }

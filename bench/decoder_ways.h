@@ -29,6 +29,11 @@ struct DecoderSpec {
 std::unique_ptr<DecoderWay> cleave_way(const Checkpoint& model, WeightType weights,
                                        const DecoderSpec& spec);
 
+/// "ggml 0.25.3"; "" where the build has none.
+std::string llama_cpp_version();
+inline constexpr const char* kNoLlamaCpp =
+    "this build has no llama.cpp; run scripts/fetch_llama_cpp.sh, then cmake and the build again";
+
 /// llama.cpp on the model's values as bfloat16. nullptr where the build has no llama.cpp.
 std::unique_ptr<DecoderWay> llama_bf16_way(const Checkpoint& model, const DecoderSpec& spec);
 /// llama.cpp on a GGUF file as it is. nullptr where the build has no llama.cpp.

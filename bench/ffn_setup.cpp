@@ -89,16 +89,26 @@ void wait_for_quiet() {
   }
 }
 
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
+Measured operator*(Measured value, double factor) {
+  value.median *= factor;
+  value.low *= factor;
+  value.high *= factor;
+  return value;
 }
 
-double paired_ratio(const Timing& a, const Timing& b) {
+Measured over_rounds(std::vector<double> values) {
+  const Timing t = summary(std::move(values));
+  return {t.median_s, t.low_s, t.high_s, t.rounds_s.size(), 0.0, 0.0};
+}
+
+Measured paired_ratio(const Timing& a, const Timing& b) {
   std::vector<double> ratios;
   for (std::size_t i = 0; i < a.rounds_s.size(); ++i)
     ratios.push_back(a.rounds_s[i] / b.rounds_s[i]);
-  return median(ratios);
+  Measured result = over_rounds(std::move(ratios));
+  result.ours_s = b.median_s;
+  result.other_s = a.median_s;
+  return result;
 }
 
 std::vector<Timing> time_in_turn(const std::vector<std::function<void(std::int64_t)>>& tasks,

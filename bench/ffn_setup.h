@@ -49,10 +49,21 @@ Timing summary(std::vector<double> seconds);
 /// Returns when no thread of this process uses a core any more: another library's threads may spin
 /// for a while after its call, on a core that ours would lack.
 void wait_for_quiet();
-double median(std::vector<double> values);
-/// Median over the rounds of a's time by b's. Other work on the machine comes and goes in seconds,
-/// so what ran in the same round compares better than two medians do.
-double paired_ratio(const Timing& a, const Timing& b);
+
+/// A figure that every round gave once: a ratio, a share, a rate.
+struct Measured {
+  double median = 0.0, low = 0.0, high = 0.0;  ///< low, high: the quartiles
+  std::size_t rounds = 0;                      ///< 0: no quartiles are known
+  double ours_s = 0.0,
+         other_s = 0.0;  ///< medians of the times of a ratio; 0: it is of no two times
+  operator double() const { return median; }
+};
+Measured operator*(Measured value, double factor);
+inline Measured operator/(const Measured& value, double by) { return value * (1.0 / by); }
+Measured over_rounds(std::vector<double> values);
+/// Over the rounds, a's time by b's (`ours_s`). Other work on the machine comes and goes in
+/// seconds, so what ran in the same round compares better than two medians do.
+Measured paired_ratio(const Timing& a, const Timing& b);
 /// Runs all in turn, `rounds` times after one round of warming up. Each runs twice, and the second
 /// time counts: the first wakes the threads and drives what others left from the caches. task(run)
 /// gets run numbers that go up by one, so a task of two sets of layers or more never times those

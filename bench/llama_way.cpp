@@ -40,6 +40,7 @@ class LlamaWay : public DecoderWay {
 
 }  // namespace
 
+std::string llama_cpp_version() { return std::string("ggml ") + ggml_version(); }
 std::unique_ptr<DecoderWay> llama_bf16_way(const Checkpoint& model, const DecoderSpec& spec) {
   auto file = std::make_unique<TemporaryGguf>(model, GGML_TYPE_BF16);
   const std::filesystem::path path = file->path();
@@ -51,6 +52,7 @@ std::unique_ptr<DecoderWay> llama_file_way(const std::filesystem::path& gguf,
   return std::make_unique<LlamaWay>(nullptr, gguf, spec);
 }
 #else
+std::string llama_cpp_version() { return {}; }
 std::unique_ptr<DecoderWay> llama_bf16_way(const Checkpoint&, const DecoderSpec&) {
   return nullptr;
 }

@@ -8,8 +8,11 @@
 
 #include "atomic_file.h"
 #include "baselines.h"
+#include "decoder_ways.h"
 #include "ffn_setup.h"
-#include "probes.h"
+#include "goal_table.h"
+#include "program.h"
+#include "suite_models.h"
 #include "support/thread_pool.h"
 
 namespace cleave::bench {
@@ -136,12 +139,13 @@ double weight_bytes(const FfnShape& s) {
 
 class Suite {
  public:
-  Suite(int threads, std::string only) : pool_(threads), only_(std::move(only)) {}
+  explicit Suite(const SuiteOptions& options)
+      : options_(options), pool_(options.threads), probe_(pool_.parallel_for()) {}
 
   void run() {
+    const SuiteModels models(options_);  // a file that is missing is found before the first row
     fmt::print(stderr, "{} threads, {}\n", pool_.threads(), isa_name());
-    fmt::print("{:<5}{:<54}{:>9}{:>10}{:>8}\n", "row", "regime and measure", "ours", "at least",
-               "aim");
+    GoalTable::print_heading();
     if (wanted("C1") || wanted("C2") || wanted("C4")) few_tokens();
     if (wanted("C3")) prefill();
     if (wanted("C5")) skewed();
@@ -149,20 +153,34 @@ class Suite {
     if (wanted("C7")) dense_against_onednn();
     if (wanted("C8")) fine_experts();
     if (wanted("any")) any_tokens();
+    models.measure(table_, probe_);
   }
-  const nlohmann::ordered_json& rows() const { return rows_; }
+  nlohmann::ordered_json to_json() const {
+    nlohmann::ordered_json json = provenance(pool_.threads());
+    json["onednn"] = onednn_version();
+    json["llama_cpp"] = llama_cpp_version();
+    json["rows"] = table_.rows();
+    return json;
+  }
 
  private:
-  bool wanted(const std::string& row) const { return row.rfind(only_, 0) == 0; }
+  bool wanted(const std::string& row) const { return options_.wants(row); }
 
+  void report(const std::string& row, const std::string& what, const Measured& ours, double least,
+              double aim) {
+    if (wanted(row)) table_.add({row, what, least, aim}, ours, probe_.limits());
+  }
+  /// A figure that no round gave, such as the worst of several.
   void report(const std::string& row, const std::string& what, double ours, double least,
               double aim) {
-    if (!wanted(row)) return;
-    rows_.push_back(
-        {{"row", row}, {"what", what}, {"ours", ours}, {"at_least", least}, {"aim", aim}});
-    fmt::print("{:<5}{:<54}{:>9.3f}{:>10.2f}{:>8.2f}{}\n", row, what, ours, least, aim,
-               ours < least ? "  below" : "");
-    std::fflush(stdout);
+    report(row, what, Measured{.median = ours}, least, aim);
+  }
+  /// `times`: ours, and from `first` on oneDNN's, if there is one.
+  void report_onednn(const Goal& goal, const std::vector<Timing>& times, std::size_t first) {
+    if (times.size() > first)
+      table_.add(goal, paired_ratio(fastest(times, first), times[0]), probe_.limits());
+    else
+      table_.add_not_measured(goal, kNoOneDnn);
   }
 
   ParallelFor parallel() { return pool_.parallel_for(); }
@@ -171,22 +189,23 @@ class Suite {
   struct OneDnn {
     std::unique_ptr<DenseBaseline> f32, bf16;
     std::vector<float> x, y;
-    /// As many calls in a row as of ours.
+    /// As many calls in a row as of ours, of the layers in rotation.
     std::vector<Task> tasks(const FfnShape& shape, std::int64_t T) {
       x = random_values(T * shape.d_model, 4);
       y.resize(x.size());
-      const std::int64_t n = layers_in_a_row(shape, T);
+      const std::int64_t n = layers_in_a_row(shape, T), layers = shape.layers;
       std::vector<Task> result;
       for (DenseBaseline* b : {f32.get(), bf16.get()})
         if (b != nullptr)
-          result.push_back([this, b, T, n](std::int64_t) {
-            for (std::int64_t i = 0; i < n; ++i) b->run(0, T, x.data(), y.data());
+          result.push_back([this, b, T, n, layers](std::int64_t run) {
+            for (std::int64_t i = 0; i < n; ++i)
+              b->run((run * n + i) % layers, T, x.data(), y.data());
           });
       return result;
     }
   };
   OneDnn onednn(const FfnShape& shape) {
-    const BaselineShape s{shape.d_model, shape.hidden, 1, pool_.threads()};
+    const BaselineShape s{shape.d_model, shape.hidden, shape.layers, pool_.threads()};
     OneDnn result{onednn_baseline(s, false), onednn_baseline(s, true), {}, {}};
     return result;
   }
@@ -195,67 +214,67 @@ class Suite {
     FfnShape shape;
     shape.layers = kTwoRows;
     const FfnSetup sparse(shape, parallel()), dense(dense_of(shape), parallel());
-    const ReadProbe probe(std::int64_t{384} << 20);  // beyond any cache
-    const BaselineShape s{shape.d_model, shape.hidden, shape.layers, pool_.threads()};
-    const auto onednn_f32 = onednn_baseline(s, false);
-    const auto onednn_bf16 = onednn_baseline(s, true);
+    OneDnn baseline = onednn(shape);
     for (const std::int64_t T : {1, 2, 4, 8, 32, 64, 128}) {
-      const std::string row = T == 1 ? "C1" : T <= 8 ? "C2" : "C4";
-      if (!wanted(row)) continue;
-      const Routing routing = random_routing(shape, T, 5);
-      const std::int64_t in_a_row = layers_in_a_row(shape, T);
-      const double active_bytes =
-          static_cast<double>(in_a_row) * touched(shape, routing) * weight_bytes(shape);
-      Runner run_sparse(sparse, routing, parallel());
+      if (!wanted(T == 1 ? "C1" : T <= 8 ? "C2" : "C4")) continue;
+      Runner run_sparse(sparse, random_routing(shape, T, 5), parallel());
       Runner run_dense(dense, random_routing(dense.shape(), T, 5), parallel());
       // What the machine gives comes and goes: each round has its own limits.
       std::vector<double> bandwidth, peak;
-      const auto x = random_values(T * shape.d_model, 4);
-      std::vector<float> y(x.size());
       std::vector<Task> tasks{run_sparse.task(),
                               [&](std::int64_t) {
-                                bandwidth.push_back(probe.run(parallel()));
+                                bandwidth.push_back(probe_.memory().run(parallel()));
                                 peak.push_back(arithmetic_probe(shape.type, parallel()));
                               },
                               run_dense.task()};
-      for (DenseBaseline* b : {onednn_f32.get(), onednn_bf16.get()})
-        if (b != nullptr && T <= 8)
-          tasks.push_back([&, b](std::int64_t run) {
-            for (std::int64_t i = 0; i < in_a_row; ++i)
-              b->run((run * in_a_row + i) % shape.layers, T, x.data(), y.data());
-          });
+      if (T <= 8)
+        for (Task& task : baseline.tasks(shape, T)) tasks.push_back(std::move(task));
       const auto times = time_in_turn(tasks, T <= 8 ? 31 : 61);
-      const std::size_t rounds = times[0].rounds_s.size();
-      std::vector<double> shares, read_shares;
-      for (std::size_t i = 0; i < rounds; ++i) {
-        const std::size_t at = 2 * i + 3;  // as the tasks, twice a round, behind a round to warm up
-        const double read = active_bytes / bandwidth[at];
-        read_shares.push_back(read / times[0].rounds_s[i]);
-        const double arithmetic = static_cast<double>(in_a_row) * flops(shape, T) / peak[at];
-        shares.push_back(std::max(read, arithmetic) / times[0].rounds_s[i]);
-      }
-      const std::string at = fmt::format("T = {}", T);
-      fmt::print(
-          stderr,
-          "{}: sparse {:.3f} ms, dense {:.3f} ms, read {:.1f} GB/s, arithmetic {:.0f} GF/s\n", at,
-          1e3 * times[0].median_s, 1e3 * times[2].median_s, median(bandwidth) / 1e9,
-          median(peak) / 1e9);
-      if (T == 1) {
-        report(row, at + ": share of the read bandwidth", median(read_shares), 0.90, 0.98);
-        report(row, at + ": times our dense", paired_ratio(times[2], times[0]), 3.6, 3.9);
-      } else if (T <= 8) {
-        report(row, at + ": share of the active-bytes bound", median(shares), 0.90, 0.98);
-      } else {
-        const double least = T == 32 ? 0.65 : T == 64 ? 0.80 : 0.90;
-        report(row, at + ": share of the bytes-and-FLOPs bound", median(shares), least,
-               T == 32   ? 0.90
-               : T == 64 ? 0.95
-                         : 0.97);
-      }
-      if (times.size() > 3 && (T == 1 || T == 8))
-        report(row, at + ": times oneDNN dense (its faster type)",
-               paired_ratio(fastest(times, 3), times[0]), T == 1 ? 4.0 : 1.25, T == 1 ? 4.3 : 1.4);
+      report_few(shape, T, times, bandwidth, peak);
     }
+  }
+
+  /// Rows of `times`: of the experts, the probes, the dense FFN and oneDNN's.
+  void report_few(const FfnShape& shape, std::int64_t T, const std::vector<Timing>& times,
+                  const std::vector<double>& bandwidth, const std::vector<double>& peak) {
+    const auto in_a_row = static_cast<double>(layers_in_a_row(shape, T));
+    const double active_bytes =
+        in_a_row * touched(shape, random_routing(shape, T, 5)) * weight_bytes(shape);
+    std::vector<double> shares, read_shares, bytes_per_s, operations_per_s;
+    for (std::size_t i = 0; i < times[0].rounds_s.size(); ++i) {
+      const std::size_t at = 2 * i + 3;  // as the tasks, twice a round, behind a round to warm up
+      bytes_per_s.push_back(bandwidth[at]);
+      operations_per_s.push_back(peak[at]);
+      const double read = active_bytes / bandwidth[at];
+      const double arithmetic = peak[at] > 0.0 ? in_a_row * flops(shape, T) / peak[at] : 0.0;
+      read_shares.push_back(read / times[0].rounds_s[i]);
+      shares.push_back(std::max(read, arithmetic) / times[0].rounds_s[i]);
+    }
+    const MachineLimits limits{over_rounds(bytes_per_s), over_rounds(operations_per_s)};
+    const std::string at = fmt::format("T = {}", T);
+    fmt::print(stderr,
+               "{}: sparse {:.3f} ms, dense {:.3f} ms, read {:.1f} GB/s, arithmetic {:.0f} GF/s\n",
+               at, 1e3 * times[0].median_s, 1e3 * times[2].median_s, limits.bytes_per_s / 1e9,
+               limits.operations_per_s / 1e9);
+    if (T > 8 && limits.operations_per_s == 0.0)
+      table_.add_not_measured(share_goal(T),
+                              "no probe of multiply-adds for this kind of processor");
+    else
+      table_.add(share_goal(T), over_rounds(T == 1 ? read_shares : shares), limits);
+    if (T == 1)
+      table_.add({"C1", at + ": times our dense", 3.6, 3.9}, paired_ratio(times[2], times[0]),
+                 limits);
+    const std::string onednn = at + ": times oneDNN dense (its faster type)";
+    if (T == 1) report_onednn({"C1", onednn, 4.0, 4.3}, times, 3);
+    if (T == 8) report_onednn({"C2", onednn, 1.25, 1.4}, times, 3);
+  }
+  static Goal share_goal(std::int64_t T) {
+    const std::string at = fmt::format("T = {}: share of the ", T);
+    if (T == 1) return {"C1", at + "read bandwidth", 0.90, 0.98};
+    if (T <= 8) return {"C2", at + "active-bytes bound", 0.90, 0.98};
+    const std::string bound = at + "bytes-and-FLOPs bound";
+    if (T == 32) return {"C4", bound, 0.65, 0.90};
+    return T == 64 ? Goal{"C4", bound, 0.80, 0.95} : Goal{"C4", bound, 0.90, 0.97};
   }
 
   void prefill() {
@@ -316,15 +335,14 @@ class Suite {
   void dense_against_onednn() {
     const FfnShape shape = dense_of(FfnShape());
     OneDnn baseline = onednn(shape);
-    if (baseline.f32 == nullptr) return;
     const FfnSetup dense(shape, parallel());
     for (const std::int64_t T : {128, 512}) {
       Runner ours(dense, random_routing(shape, T, 5), parallel());
       std::vector<Task> tasks{ours.task()};
       for (Task& task : baseline.tasks(shape, T)) tasks.push_back(std::move(task));
-      const auto times = time_in_turn(tasks, 31);
-      report("C7", fmt::format("dense, T = {}: times oneDNN (its faster type)", T),
-             paired_ratio(fastest(times, 1), times[0]), 0.95, 1.0);
+      report_onednn(
+          {"C7", fmt::format("dense, T = {}: times oneDNN (its faster type)", T), 0.95, 1.0},
+          time_in_turn(tasks, 31), 1);
     }
   }
 
@@ -380,17 +398,18 @@ class Suite {
            1.0);
   }
 
+  const SuiteOptions& options_;
   ThreadPool pool_;
-  std::string only_;
-  nlohmann::ordered_json rows_ = nlohmann::ordered_json::array();
+  MachineProbe probe_;
+  GoalTable table_;
 };
 
 }  // namespace
 
-void run_suite(int threads, const std::string& only, const std::string& json_file) {
-  Suite suite(threads, only);
+void run_suite(const SuiteOptions& options) {
+  Suite suite(options);
   suite.run();
-  if (!json_file.empty()) write_file_atomically(json_file, suite.rows().dump(2) + "\n");
+  if (!options.json.empty()) write_file_atomically(options.json, suite.to_json().dump(2) + "\n");
 }
 
 }  // namespace cleave::bench

@@ -8,7 +8,7 @@ find_package(Eigen3 3.3 REQUIRED NO_MODULE)
 find_package(OpenSSL REQUIRED COMPONENTS Crypto)
 list(APPEND CMAKE_MODULE_PATH ${CMAKE_CURRENT_LIST_DIR})
 find_package(PCRE2 REQUIRED)
-if(CLEAVE_CLI)
+if(CLEAVE_CLI OR CLEAVE_BENCH)
   find_package(CLI11 REQUIRED)
 endif()
 

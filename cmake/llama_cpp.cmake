@@ -16,7 +16,7 @@ if(EXISTS ${CLEAVE_LLAMA_CPP}/build/src/libllama.a AND (CLEAVE_EXAMPLES OR CLEAV
   target_link_libraries(llama_cpp INTERFACE
     $<$<BOOL:${OpenMP_CXX_FOUND}>:OpenMP::OpenMP_CXX> Threads::Threads ${CMAKE_DL_LIBS})
 
-  # What the example and bench_end_to_end have in common.
+  # What the example and the benchmarks have in common.
   add_library(llama_cpp_session STATIC ${examples}/gguf_writer.cpp ${examples}/llama_session.cpp)
   target_include_directories(llama_cpp_session PUBLIC ${examples})
   target_link_libraries(llama_cpp_session PUBLIC cleave_core llama_cpp)
