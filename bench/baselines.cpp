@@ -1,30 +1,22 @@
 #include "baselines.h"
 
+#include <dlfcn.h>
+
 #include <cmath>
 #include <cstring>
 #include <map>
-#include <random>
+#include <type_traits>
+
+#include "ffn_setup.h"
 
 #ifdef CLEAVE_HAVE_DNNL
 #include <omp.h>
 
 #include <oneapi/dnnl/dnnl.hpp>
 #endif
-#ifdef CLEAVE_HAVE_OPENBLAS
-#include <cblas.h>
-extern "C" void openblas_set_num_threads(int);
-#endif
 
 namespace cleave::bench {
 namespace {
-
-[[maybe_unused]] std::vector<float> random_weights(std::int64_t n, unsigned seed) {
-  std::mt19937 rng(seed);
-  std::normal_distribution<float> normal(0.0f, 0.03f);
-  std::vector<float> values(n);
-  for (float& v : values) v = normal(rng);
-  return values;
-}
 
 #ifdef CLEAVE_HAVE_DNNL
 using dnnl::memory;
@@ -84,7 +76,7 @@ class OneDnn : public DenseBaseline {
   }
   // In the order that oneDNN itself asks for, for a middle-sized batch.
   memory packed(std::int64_t rows, std::int64_t cols, unsigned seed) {
-    std::vector<float> values = random_weights(rows * cols, seed);
+    std::vector<float> values = random_values(rows * cols, seed);
     memory user({{cols, rows}, memory::data_type::f32, memory::format_tag::ba}, engine_,
                 values.data());
     const auto wanted =
@@ -124,14 +116,42 @@ class OneDnn : public DenseBaseline {
 };
 #endif
 
-#ifdef CLEAVE_HAVE_OPENBLAS
+/// Loaded at run time with names of its own: LibTorch brings MKL, whose functions have the same
+/// ones, and linked together the two would call each other.
+struct OpenBlasLibrary {
+  // cblas.h, with its enumerations as the numbers that they are.
+  using Sgemm = void(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
+                     const float* a, int lda, const float* b, int ldb, float beta, float* c,
+                     int ldc);
+  static constexpr int kRowMajor = 101, kNoTrans = 111, kTrans = 112;
+  Sgemm* sgemm = nullptr;
+  void (*set_num_threads)(int) = nullptr;
+  char* (*get_config)() = nullptr;
+
+  OpenBlasLibrary() {
+    void* library = dlopen("libopenblas.so.0", RTLD_NOW | RTLD_LOCAL | RTLD_DEEPBIND);
+    if (library == nullptr) return;
+    const auto find = [&](auto& function, const char* name) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(library, name));
+      return function != nullptr;
+    };
+    if (!find(set_num_threads, "openblas_set_num_threads") ||
+        !find(get_config, "openblas_get_config") || !find(sgemm, "cblas_sgemm"))
+      sgemm = nullptr;
+  }
+  static const OpenBlasLibrary& get() {
+    static const OpenBlasLibrary library;
+    return library;
+  }
+};
+
 class OpenBlas : public DenseBaseline {
  public:
   explicit OpenBlas(const BaselineShape& shape) : shape_(shape) {
-    openblas_set_num_threads(shape.threads);
+    OpenBlasLibrary::get().set_num_threads(shape.threads);
     for (std::int64_t l = 0; l < shape.layers; ++l)
       for (int matrix = 0; matrix < 3; ++matrix)
-        weights_.push_back(random_weights(shape.hidden * shape.d_model, static_cast<unsigned>(l)));
+        weights_.push_back(random_values(shape.hidden * shape.d_model, static_cast<unsigned>(l)));
   }
   std::string name() const override { return "OpenBLAS f32"; }
   void run(std::int64_t layer, std::int64_t T, const float* x, float* y) override {
@@ -148,15 +168,16 @@ class OpenBlas : public DenseBaseline {
  private:
   static void product(std::int64_t M, std::int64_t N, std::int64_t K, const float* a,
                       const std::vector<float>& b, float* c) {
-    cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, static_cast<int>(M), static_cast<int>(N),
-                static_cast<int>(K), 1.0f, a, static_cast<int>(K), b.data(), static_cast<int>(K),
-                0.0f, c, static_cast<int>(N));
+    using Library = OpenBlasLibrary;
+    Library::get().sgemm(Library::kRowMajor, Library::kNoTrans, Library::kTrans,
+                         static_cast<int>(M), static_cast<int>(N), static_cast<int>(K), 1.0f, a,
+                         static_cast<int>(K), b.data(), static_cast<int>(K), 0.0f, c,
+                         static_cast<int>(N));
   }
   BaselineShape shape_;
   std::vector<std::vector<float>> weights_;
   std::vector<float> gate_, up_;
 };
-#endif
 
 }  // namespace
 
@@ -172,21 +193,27 @@ std::string onednn_version() {
 std::unique_ptr<DenseBaseline> onednn_baseline([[maybe_unused]] const BaselineShape& shape,
                                                [[maybe_unused]] bool bf16) {
 #ifdef CLEAVE_HAVE_DNNL
-  return std::make_unique<OneDnn>(shape, bf16);
-#else
-  return nullptr;
+  try {
+    return std::make_unique<OneDnn>(shape, bf16);
+  } catch (const dnnl::error& error) {
+    if (error.status != dnnl_unimplemented) throw;  // bfloat16 on a processor without AVX-512
+  }
 #endif
+  return nullptr;
 }
 
-std::unique_ptr<DenseBaseline> openblas_baseline([[maybe_unused]] const BaselineShape& shape) {
-#ifdef CLEAVE_HAVE_OPENBLAS
+std::string openblas_version() {
+  const OpenBlasLibrary& library = OpenBlasLibrary::get();
+  return library.sgemm == nullptr ? std::string() : library.get_config();
+}
+
+std::unique_ptr<DenseBaseline> openblas_baseline(const BaselineShape& shape) {
+  if (OpenBlasLibrary::get().sgemm == nullptr) return nullptr;
   return std::make_unique<OpenBlas>(shape);
-#else
-  return nullptr;
-#endif
 }
 
 #ifndef CLEAVE_HAVE_TORCH  // else torch_experts.cpp
+std::string torch_version() { return {}; }
 std::unique_ptr<SparseBaseline> torch_baseline(const BaselineShape&, std::int64_t, bool) {
   return nullptr;
 }

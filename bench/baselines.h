@@ -29,8 +29,14 @@ std::string onednn_version();
 inline constexpr const char* kNoOneDnn =
     "this build has no oneDNN; install libdnnl-dev, then cmake and the build again";
 
-/// nullptr where the library was not there at build time. `bf16`: weights and inputs.
+/// `bf16`: weights and inputs. nullptr where the library was not there at build time, or has no
+/// such products on this processor.
 std::unique_ptr<DenseBaseline> onednn_baseline(const BaselineShape& shape, bool bf16);
+
+/// What it says of itself; "" where there is no libopenblas.so.0 at run time.
+std::string openblas_version();
+inline constexpr const char* kNoOpenBlas = "there is no libopenblas.so.0; install libopenblas0";
+/// Weights as they are, in float32. nullptr without the library.
 std::unique_ptr<DenseBaseline> openblas_baseline(const BaselineShape& shape);
 
 /// The experts as a framework runs them without kernels of its own.
@@ -41,6 +47,10 @@ class SparseBaseline {
   /// x [T, D] -> y [T, D], each token through its experts of `layer`.
   virtual void run(std::int64_t layer, const Routing& routing, const float* x, float* y) = 0;
 };
+/// "2.13.0"; "" in a build without LibTorch.
+std::string torch_version();
+inline constexpr const char* kNoTorch =
+    "this build has no LibTorch; configure with -DCLEAVE_TRAIN=ON";
 /// LibTorch's eager operators: for each expert index_select of its tokens, three products,
 /// index_add_ of the result. `experts` of equal width. nullptr in a build without LibTorch.
 std::unique_ptr<SparseBaseline> torch_baseline(const BaselineShape& shape, std::int64_t experts,

@@ -98,13 +98,13 @@ int main(int argc, char** argv) {
   app.add_option("--threads", o.run.threads, "Threads")->capture_default_str();
   app.add_option("--prompt", o.run.prompt, "Tokens of the prompt")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(kCount);
   app.add_option("--generate", o.run.generate, "Tokens to generate")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(kCount);
   app.add_option("--rounds", o.run.rounds, "Runs of each; medians are shown")
       ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+      ->check(kCount);
   app.add_option("--json", o.json, "Write the result to this file, too")->check(kFileToWrite);
   return run_program(app, argc, argv, [&] { EndToEnd(o).run(); });
 }

@@ -6,6 +6,7 @@
 // avoid (at T = 8 and K / E = 1/4, 90 % of the weights are read).
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -53,6 +54,24 @@ FfnShape shape_of(const Options& o) {
   return shape;
 }
 
+void check(const Options& o) {
+  const FfnShape shape = shape_of(o);
+  if (shape.experts > shape.hidden || shape.active > shape.experts || shape.shared > shape.active)
+    throw InvalidArgument(
+        fmt::format("{} experts of which {} are active and {} of those shared, of {} neurons: "
+                    "expected shared <= active <= experts <= hidden",
+                    shape.experts, shape.active, shape.shared, shape.hidden));
+  if (!o.baselines.empty() && shape.hidden % shape.experts != 0)
+    throw InvalidArgument(fmt::format(
+        "--baselines: {} neurons in {} experts; other libraries take equal ones, so the number "
+        "must divide",
+        shape.hidden, shape.experts));
+}
+
+/// The values of --baselines; "all" are those that can be had.
+const std::vector<std::string> kBaselines = {"onednn-f32", "onednn-bf16", "openblas-f32",
+                                             "libtorch-f32", "libtorch-bf16"};
+
 FfnShape dense_of(FfnShape shape) {
   shape.experts = shape.active = 1;
   shape.shared = 0;
@@ -68,18 +87,27 @@ class Comparison {
         shape_(shape_of(o)),
         sparse_(shape_, pool_.parallel_for()),
         dense_(dense_of(shape_), pool_.parallel_for()) {
-    for (const std::string& name : o.baselines) add_baseline(name);
+    const bool all = std::count(o.baselines.begin(), o.baselines.end(), "all") > 0;
+    for (const std::string& name : all ? kBaselines : o.baselines)
+      if (const std::string why = add_baseline(name); !why.empty()) {
+        if (!all) throw std::runtime_error(fmt::format("--baselines: no {}: {}", name, why));
+        fmt::print(stderr, "{} not measured: {}\n", name, why);
+        not_measured_[name] = why;
+      }
     ideal_ = static_cast<double>(shape_.experts) / static_cast<double>(shape_.active);
   }
 
   void run() {
     fmt::print(
-        "D {} H {}, {} of {} experts, {}, {} threads, {}, median of {}\n"
-        "tokens   dense ms  sparse ms  speed-up  of ideal",
-        shape_.d_model, shape_.hidden, shape_.active, shape_.experts, o_.dtype, o_.threads,
-        isa_name(), o_.repeats);
-    for (const auto& b : dense_others_) fmt::print("  {:>20}", b->name() + " dense ms");
-    for (const auto& b : sparse_others_) fmt::print("  {:>20}", b->name() + " sparse ms");
+        "D {} H {}, {} of {} experts, {}, {} threads, {}, median of {} (quartiles)\n"
+        "{}tokens   dense ms  sparse ms  speed-up  (quartiles)    of ideal",
+        shape_.d_model, shape_.hidden, shape_.active, shape_.experts, o_.dtype, pool_.threads(),
+        isa_name(), o_.repeats,
+        dense_others_.empty() && sparse_others_.empty()
+            ? ""
+            : "Other libraries: ms of the dense FFN; LibTorch's of the sparse one.\n");
+    for (const auto& b : dense_others_) fmt::print("  {:>13}", b->name());
+    for (const auto& b : sparse_others_) fmt::print("  {:>13}", b->name());
     fmt::print("\n");
     for (const std::int64_t T : o_.tokens) run_row(T);
     if (!o_.json.empty()) write_file_atomically(o_.json, to_json().dump(2) + "\n");
@@ -88,17 +116,20 @@ class Comparison {
  private:
   using Task = std::function<void(std::int64_t)>;
 
-  void add_baseline(const std::string& name) {
-    const BaselineShape s{shape_.d_model, shape_.hidden, shape_.layers, o_.threads};
-    const auto add = [&](auto baseline, auto& to) {
-      if (baseline == nullptr)
-        throw std::runtime_error("this build has no " + name + "; see bench/CMakeLists.txt");
+  /// @returns why it cannot be had; "": it was added
+  std::string add_baseline(const std::string& name) {
+    const BaselineShape s{shape_.d_model, shape_.hidden, shape_.layers, pool_.threads()};
+    const auto add = [&](auto baseline, auto& to, const char* why) -> std::string {
+      if (baseline == nullptr) return why;
       to.push_back(std::move(baseline));
+      return {};
     };
     const bool bf16 = name.ends_with("bf16");
-    if (name.starts_with("onednn")) add(onednn_baseline(s, bf16), dense_others_);
-    if (name.starts_with("openblas")) add(openblas_baseline(s), dense_others_);
-    if (name.starts_with("libtorch")) add(torch_baseline(s, shape_.experts, bf16), sparse_others_);
+    if (name.starts_with("onednn"))
+      return add(onednn_baseline(s, bf16), dense_others_,
+                 onednn_version().empty() ? kNoOneDnn : "not on this processor");
+    if (name.starts_with("openblas")) return add(openblas_baseline(s), dense_others_, kNoOpenBlas);
+    return add(torch_baseline(s, shape_.experts, bf16), sparse_others_, kNoTorch);
   }
 
   void run_row(std::int64_t T) {
@@ -129,8 +160,9 @@ class Comparison {
                                {"speedup_quartiles", {ratio.low, ratio.high}},
                                {"touched", touched(shape_, routing)},
                                {"others", nlohmann::ordered_json::object()}};
-    fmt::print("{:6}  {:9.3f}  {:9.3f}  {:7.2f}x  {:7.2f}", T, 1e3 * times[0].median_s,
-               1e3 * times[1].median_s, ratio.median, ratio.median / ideal_);
+    fmt::print("{:6}  {:9.3f}  {:9.3f}  {:7.2f}x  {:<13}  {:7.2f}", T, 1e3 * times[0].median_s,
+               1e3 * times[1].median_s, ratio.median,
+               fmt::format("({:.2f}-{:.2f})", ratio.low, ratio.high), ratio.median / ideal_);
     for (std::size_t i = 2; i < times.size(); ++i) {
       const std::size_t d = i - 2;
       const std::string name = d < dense_others_.size()
@@ -138,7 +170,7 @@ class Comparison {
                                    : sparse_others_[d - dense_others_.size()]->name() + " sparse";
       row["others"][name] = {{"median_s", times[i].median_s},
                              {"quartiles_s", {times[i].low_s, times[i].high_s}}};
-      fmt::print("  {:20.3f}", 1e3 * times[i].median_s);
+      fmt::print("  {:13.3f}", 1e3 * times[i].median_s);
     }
     fmt::print("\n");
     std::fflush(stdout);
@@ -146,16 +178,22 @@ class Comparison {
   }
 
   nlohmann::ordered_json to_json() const {
-    return {{"d_model", shape_.d_model},
-            {"hidden", shape_.hidden},
-            {"experts", shape_.experts},
-            {"active", shape_.active},
-            {"dtype", o_.dtype},
-            {"threads", o_.threads},
-            {"instruction_set", isa_name()},
-            {"repeats", o_.repeats},
-            {"ideal", ideal_},
-            {"rows", rows_}};
+    nlohmann::ordered_json json = provenance(pool_.threads());
+    json["onednn"] = onednn_version();
+    json["openblas"] = openblas_version();
+    json["libtorch"] = torch_version();
+    json["d_model"] = shape_.d_model;
+    json["hidden"] = shape_.hidden;
+    json["experts"] = shape_.experts;
+    json["active"] = shape_.active;
+    json["shared"] = shape_.shared;
+    json["dtype"] = o_.dtype;
+    json["layers"] = shape_.layers;
+    json["repeats"] = o_.repeats;
+    json["ideal"] = ideal_;
+    json["not_measured"] = not_measured_;
+    json["rows"] = rows_;
+    return json;
   }
 
   const Options& o_;
@@ -164,6 +202,7 @@ class Comparison {
   FfnSetup sparse_, dense_;
   std::vector<std::unique_ptr<DenseBaseline>> dense_others_;
   std::vector<std::unique_ptr<SparseBaseline>> sparse_others_;
+  std::map<std::string, std::string> not_measured_;  // why, by baseline
   double ideal_ = 1.0;
   nlohmann::ordered_json rows_ = nlohmann::ordered_json::array();
 };
@@ -177,21 +216,29 @@ int main(int argc, char** argv) {
   app.add_option("--shape", o.shape, "Shape of a real model")
       ->capture_default_str()
       ->check(CLI::IsMember(Names{"smollm2", "tinyllama", "llama2-7b", "llama3-8b"}));
-  app.add_option("--d-model", o.d_model, "D, instead of the shape's");
-  app.add_option("--hidden", o.hidden, "H, instead of the shape's");
-  app.add_option("--experts", o.ffn.experts, "E")->capture_default_str();
-  app.add_option("--active", o.ffn.active, "K")->capture_default_str();
-  app.add_option("--shared", o.ffn.shared, "Of the active ones, always on")->capture_default_str();
+  const auto count = [&](const char* name, auto& value, const char* text) {
+    return app.add_option(name, value, text)->check(kCount);
+  };
+  count("--d-model", o.d_model, "D, instead of the shape's");
+  count("--hidden", o.hidden, "H, instead of the shape's");
+  count("--experts", o.ffn.experts, "E")->capture_default_str();
+  count("--active", o.ffn.active, "K")->capture_default_str();
+  app.add_option("--shared", o.ffn.shared, "Of the active ones, always on")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   app.add_option("--dtype", o.dtype, "Weights")
       ->capture_default_str()
       ->check(CLI::IsMember(Names{"f32", "bf16", "f16", "int8", "int4"}));
-  app.add_option("--tokens", o.tokens, "Token counts, T")->delimiter(',')->capture_default_str();
+  count("--tokens", o.tokens, "Token counts, T")->delimiter(',')->capture_default_str();
   app.add_option("--threads", o.threads, "Threads")->capture_default_str();
-  app.add_option("--repeats", o.repeats, "Runs per row")->capture_default_str();
-  app.add_option("--baselines", o.baselines, "Other libraries beside ours, dense or with experts")
+  count("--repeats", o.repeats, "Runs per row")->capture_default_str();
+  Names baselines = kBaselines;
+  baselines.push_back("all");
+  app.add_option("--baselines", o.baselines,
+                 "Other libraries beside ours: dense by oneDNN and OpenBLAS, experts by LibTorch's "
+                 "eager operators; all: those that can be had")
       ->delimiter(',')
-      ->check(CLI::IsMember(
-          Names{"onednn-f32", "onednn-bf16", "openblas-f32", "libtorch-f32", "libtorch-bf16"}));
+      ->check(CLI::IsMember(baselines));
   CLI::Option* suite =
       app.add_flag("--suite", o.suite, "The table of goals instead (docs/benchmarks.md)");
   app.add_option("--only", o.goals.only, "With --suite: these rows")
@@ -210,7 +257,10 @@ int main(int argc, char** argv) {
   app.add_option("--json", o.json, "Write the result to this file, too (for bench/plot.py)")
       ->check(kFileToWrite);
   return run_program(app, argc, argv, [&] {
-    if (!o.suite) return Comparison(o).run();
+    if (!o.suite) {
+      check(o);
+      return Comparison(o).run();
+    }
     o.goals.threads = o.threads;
     o.goals.json = o.json;
     run_suite(o.goals);

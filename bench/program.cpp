@@ -56,6 +56,8 @@ int run_program(CLI::App& app, int argc, char** argv, const std::function<void()
   return 0;
 }
 
+const CLI::Range kCount(1, 1 << 24);
+
 const CLI::Validator kFileToWrite(
     [](std::string& file) -> std::string {
       const std::filesystem::path folder = std::filesystem::path(file).parent_path();

@@ -12,6 +12,8 @@ namespace cleave::bench {
 /// error, as `cleave` does; errors go to stderr in one line
 int run_program(CLI::App& app, int argc, char** argv, const std::function<void()>& work);
 
+/// For numbers of tokens, runs, experts.
+extern const CLI::Range kCount;
 /// For a file to be written at the end of a long run: its folder must be there at the start.
 extern const CLI::Validator kFileToWrite;
 

@@ -2,6 +2,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <c10/core/InferenceMode.h>
+#include <torch/version.h>
 
 #include "baselines.h"
 
@@ -60,6 +61,8 @@ class TorchExperts : public SparseBaseline {
 };
 
 }  // namespace
+
+std::string torch_version() { return TORCH_VERSION; }
 
 std::unique_ptr<SparseBaseline> torch_baseline(const BaselineShape& shape, std::int64_t experts,
                                                bool bf16) {
