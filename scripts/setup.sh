@@ -133,8 +133,8 @@ build_jobs() {
   echo $((cores < memory_gb ? cores : memory_gb))
 }
 
-build() {  # [TARGET...]
-  local options=()
+build() {  # [TARGET...]; cleave_options: more for CMake
+  local options=(${cleave_options[@]+"${cleave_options[@]}"})
   [ -z "${Torch_DIR:-}" ] || options+=("-DTorch_DIR=$Torch_DIR")
   if command -v ccache >/dev/null; then
     options+=(-DCMAKE_CXX_COMPILER_LAUNCHER=ccache)

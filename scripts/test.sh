@@ -3,8 +3,8 @@
 #
 #   scripts/test.sh          the quick tests, on the bundled model (labels quick and guards)
 #   scripts/test.sh --all    all tests: fetches SmolLM2, Transformers and llama.cpp (into .venv-oracle), and a compiler for
-#                            ARM and its emulator (scripts/check_neon.sh); then what uses threads again under
-#                            ThreadSanitizer, in build-tsan/
+#                            ARM and its emulator (scripts/check_neon.sh); builds the benchmarks, too; then what uses
+#                            threads again under ThreadSanitizer, in build-tsan/
 #
 # CLEAVE_TRAIN=OFF builds and tests the core alone, without LibTorch.
 set -euo pipefail
@@ -36,7 +36,7 @@ prepare_oracles() {
 
 # In a build of its own: core alone, the tests that the preset names.
 check_threads() (
-  cleave_preset=tsan cleave_build="$cleave_root/build-tsan"
+  cleave_preset=tsan cleave_build="$cleave_root/build-tsan" cleave_options=()
   say "ThreadSanitizer: what uses threads, in a build of its own"
   build cleave_core_tests cleave_c_api_tests c_api
   cd "$cleave_root" && ctest --preset tsan --no-tests=error ||
@@ -51,6 +51,7 @@ if [ "$all" = yes ]; then
   "$cleave_root/scripts/fetch_llama_cpp.sh"
   "$cleave_root/scripts/check_neon.sh" --setup || say "going on without the ARM compiler; its test will be skipped"
   selection=()
+  cleave_options=(-DCLEAVE_BENCH=ON)
 fi
 build
 say "running the tests"
