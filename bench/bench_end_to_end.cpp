@@ -25,8 +25,8 @@ struct Options {
 
 class EndToEnd {
  public:
-  explicit EndToEnd(const Options& options)
-      : o_(options), pool_(options.run.threads), ways_(options.run) {}
+  explicit EndToEnd(Options options)
+      : pool_(options.run.threads), o_(resolved(std::move(options))), ways_(o_.run) {}
 
   void run() {
     const Checkpoint dense = Checkpoint::open(o_.dense);
@@ -45,6 +45,10 @@ class EndToEnd {
   }
 
  private:
+  Options resolved(Options options) const {
+    options.run.threads = pool_.threads();
+    return options;
+  }
   void print() const {
     fmt::print("{} prompt tokens, {} generated; {} threads, {}, median of {} (quartiles)\n",
                o_.run.prompt, o_.run.generate, o_.run.threads, isa_name(), o_.run.rounds);
@@ -82,8 +86,8 @@ class EndToEnd {
     return json;
   }
 
-  Options o_;
   ThreadPool pool_;
+  Options o_;
   ModelWays ways_;
   GoalTable goals_;
 };
@@ -95,7 +99,8 @@ int main(int argc, char** argv) {
   CLI::App app{"Tokens per second of whole models, ours and llama.cpp's"};
   app.add_option("DENSE", o.dense, "Model directory or GGUF file")->required();
   app.add_option("CONVERTED", o.converted, "What cleave convert made of it");
-  app.add_option("--threads", o.run.threads, "Threads")->capture_default_str();
+  app.add_option("--threads", o.run.threads, "Threads; 0: as many as the machine has cores")
+      ->capture_default_str();
   app.add_option("--prompt", o.run.prompt, "Tokens of the prompt")
       ->capture_default_str()
       ->check(kCount);

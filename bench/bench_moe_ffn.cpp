@@ -207,11 +207,9 @@ class Comparison {
   nlohmann::ordered_json rows_ = nlohmann::ordered_json::array();
 };
 
-}  // namespace
+constexpr const char* kLayerGroup = "One layer, by number of tokens";
 
-int main(int argc, char** argv) {
-  Options o;
-  CLI::App app{"MoE FFN against the dense FFN it was cut from"};
+void add_layer_options(CLI::App& app, Options& o) {
   using Names = std::vector<std::string>;
   app.add_option("--shape", o.shape, "Shape of a real model")
       ->capture_default_str()
@@ -230,37 +228,54 @@ int main(int argc, char** argv) {
       ->capture_default_str()
       ->check(CLI::IsMember(Names{"f32", "bf16", "f16", "int8", "int4"}));
   count("--tokens", o.tokens, "Token counts, T")->delimiter(',')->capture_default_str();
-  app.add_option("--threads", o.threads, "Threads")->capture_default_str();
   count("--repeats", o.repeats, "Runs per row")->capture_default_str();
   Names baselines = kBaselines;
   baselines.push_back("all");
   app.add_option("--baselines", o.baselines,
-                 "Other libraries beside ours: dense by oneDNN and OpenBLAS, experts by LibTorch's "
-                 "eager operators; all: those that can be had")
+                 "Other libraries, too: dense by oneDNN and OpenBLAS, experts by LibTorch's eager "
+                 "operators; all: those that can be had")
       ->delimiter(',')
       ->check(CLI::IsMember(baselines));
+}
+
+void add_suite_options(CLI::App& app, Options& o) {
   CLI::Option* suite =
-      app.add_flag("--suite", o.suite, "The table of goals instead (docs/benchmarks.md)");
-  app.add_option("--only", o.goals.only, "With --suite: these rows")
+      app.add_flag("--suite", o.suite, "Print the table of goals instead (docs/benchmarks.md)");
+  app.add_option("--only", o.goals.only, "These rows of it")
       ->delimiter(',')
-      ->needs(suite)
       ->check(CLI::IsMember(kSuiteRows));
-  app.add_option(
-         "--model", o.goals.model,
-         "With --suite: dense model of the rows C7 and E1, directory or GGUF file; without: "
-         "models/SmolLM2-135M-Instruct.Q4_1.gguf")
-      ->needs(suite);
+  app.add_option("--model", o.goals.model,
+                 "Dense model of its rows C7 and E1, directory or GGUF file; without: "
+                 "models/SmolLM2-135M-Instruct.Q4_1.gguf");
   app.add_option("--converted", o.goals.converted,
-                 "With --suite: what cleave convert made of it, 2 of 8 experts; without: converted "
-                 "for the run")
-      ->needs(suite);
-  app.add_option("--json", o.json, "Write the result to this file, too (for bench/plot.py)")
+                 "What cleave convert made of it, 2 of 8 experts; without: converted for the run");
+  for (const char* name : {"--only", "--model", "--converted"}) app.get_option(name)->needs(suite);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Options o;
+  CLI::App app{"MoE FFN against the dense FFN it was cut from"};
+  app.option_defaults()->group(kLayerGroup);
+  add_layer_options(app, o);
+  app.option_defaults()->group("The table of goals");
+  add_suite_options(app, o);
+  app.option_defaults()->group("Options");
+  app.add_option("--threads", o.threads, "Threads; 0: as many as the machine has cores")
+      ->capture_default_str();
+  app.add_option("--json", o.json,
+                 "Write the result to this file, too; without --suite for bench/plot.py")
       ->check(kFileToWrite);
   return run_program(app, argc, argv, [&] {
     if (!o.suite) {
       check(o);
       return Comparison(o).run();
     }
+    for (const CLI::Option* option : app.get_options())
+      if (option->get_group() == kLayerGroup && option->count() > 0)
+        throw InvalidArgument(fmt::format("--suite has shapes and numbers of its own; leave out {}",
+                                          option->get_name()));
     o.goals.threads = o.threads;
     o.goals.json = o.json;
     run_suite(o.goals);

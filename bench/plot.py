@@ -31,7 +31,7 @@ def load(path):
             data = json.load(file)
         return data, [row["tokens"] for row in data["rows"]], data["experts"] / data["active"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        fail(f"{path}: not what bench_moe_ffn --json writes ({error!r})")
+        fail(f"{path}: not what bench_moe_ffn --json writes without --suite ({error!r})")
 
 
 def draw(axes, path, colour):

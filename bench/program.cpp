@@ -56,7 +56,7 @@ int run_program(CLI::App& app, int argc, char** argv, const std::function<void()
   return 0;
 }
 
-const CLI::Range kCount(1, 1 << 24);
+const CLI::Validator kCount = CLI::Range(1, 1 << 24).description("");
 
 const CLI::Validator kFileToWrite(
     [](std::string& file) -> std::string {

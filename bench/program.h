@@ -13,7 +13,7 @@ namespace cleave::bench {
 int run_program(CLI::App& app, int argc, char** argv, const std::function<void()>& work);
 
 /// For numbers of tokens, runs, experts.
-extern const CLI::Range kCount;
+extern const CLI::Validator kCount;
 /// For a file to be written at the end of a long run: its folder must be there at the start.
 extern const CLI::Validator kFileToWrite;
 

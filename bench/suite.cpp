@@ -153,7 +153,7 @@ class Suite {
     if (wanted("C7")) dense_against_onednn();
     if (wanted("C8")) fine_experts();
     if (wanted("any")) any_tokens();
-    models.measure(table_, probe_);
+    models.measure(pool_.threads(), table_, probe_);
   }
   nlohmann::ordered_json to_json() const {
     nlohmann::ordered_json json = provenance(pool_.threads());

@@ -11,7 +11,7 @@ inline const std::vector<std::string> kSuiteRows = {"C1", "C2", "C3", "C4",  "C5
                                                     "C6", "C7", "C8", "any", "E1"};
 
 struct SuiteOptions {
-  int threads = 2;
+  int threads = 2;                ///< 0: as many as the machine has cores
   std::vector<std::string> only;  ///< of kSuiteRows; empty: all
   std::string model;              ///< dense; empty: SmolLM2 in models/, if it is there
   std::string converted;          ///< made of it; empty: it is converted for the run

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Brings llama.cpp, which cleave is compared with, into .venv-oracle/llama.cpp (ignored by git), and builds
-# its CPU libraries. Does nothing twice. Used by examples/llama_cpp_custom_op and bench/bench_end_to_end.
+# its CPU libraries. Does nothing twice. Used by examples/llama_cpp_custom_op and bench/.
 #
 #   .venv-oracle/llama.cpp/source    the sources in the Python source package llama-cpp-python (MIT, 75 MB)
 #   .venv-oracle/llama.cpp/build     libllama.a and the ggml libraries, by its own CMake, for this CPU

@@ -39,6 +39,7 @@ says models.json '"generated_tokens_per_s"'
 
 refused 2 C9 "$moe_ffn" --suite --only C9
 refused 2 suite "$moe_ffn" --only C5
+refused 2 tokens "$moe_ffn" --suite --tokens 4
 refused 2 absent "$moe_ffn" --json absent/table.json
 refused 2 'active <= experts' "$moe_ffn" --active 9
 refused 2 repeats "$moe_ffn" --repeats 0
