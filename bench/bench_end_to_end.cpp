@@ -39,8 +39,7 @@ class EndToEnd {
     print();
     fmt::print("\n");
     GoalTable::print_heading();
-    const MachineProbe probe(pool_.parallel_for());
-    for (const ModelGoal& goal : model_goals()) ways_.report(goals_, probe, goal);
+    for (const ModelGoal& goal : model_goals()) ways_.report(goals_, pool_.parallel_for(), goal);
     if (!o_.json.empty()) write_file_atomically(o_.json, to_json().dump(2) + "\n");
   }
 

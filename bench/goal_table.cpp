@@ -17,13 +17,14 @@ Json to_json(const Measured& value) {
 
 }  // namespace
 
-MachineLimits MachineProbe::limits() const {
+MachineLimits measure_limits(const ParallelFor& parallel) {
   constexpr int kPasses = 7;
+  const ReadProbe memory(kProbeBytes);
   std::vector<double> bytes, operations;
   wait_for_quiet();
   for (int pass = 0; pass < kPasses; ++pass) {
-    bytes.push_back(memory_.run(parallel_));
-    operations.push_back(arithmetic_probe(WeightType::kBF16, parallel_));
+    bytes.push_back(memory.run(parallel));
+    operations.push_back(arithmetic_probe(WeightType::kBF16, parallel));
   }
   return {over_rounds(std::move(bytes)), over_rounds(std::move(operations))};
 }

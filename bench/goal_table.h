@@ -22,18 +22,11 @@ struct MachineLimits {
       operations_per_s;  ///< of multiply-adds from registers, two each; 0: no probe for it here
 };
 
-/// Takes both limits in a few passes, after whatever was measured.
-class MachineProbe {
- public:
-  explicit MachineProbe(const ParallelFor& parallel)
-      : parallel_(parallel), memory_(std::int64_t{384} << 20) {}  // beyond any cache
-  const ReadProbe& memory() const { return memory_; }
-  MachineLimits limits() const;
-
- private:
-  ParallelFor parallel_;
-  ReadProbe memory_;
-};
+/// Both limits in a few passes, after whatever was measured. The memory that is read is there for
+/// the call only: beside weights it might take huge pages from them.
+MachineLimits measure_limits(const ParallelFor& parallel);
+/// Bytes that the read probe takes: beyond any cache.
+inline constexpr std::int64_t kProbeBytes = std::int64_t{384} << 20;
 
 /// Prints rows as they are measured, and keeps them.
 class GoalTable {

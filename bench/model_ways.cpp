@@ -102,7 +102,7 @@ const ModelWay* ModelWays::find(const std::string& model, const std::string& run
   return nullptr;
 }
 
-void ModelWays::report(GoalTable& table, const MachineProbe& probe, const ModelGoal& goal) const {
+void ModelWays::report(GoalTable& table, const ParallelFor& parallel, const ModelGoal& goal) const {
   const ModelWay* ours = find(goal.our_model, "cleave", goal.our_weights);
   const ModelWay* other = find("dense", goal.other_runtime, goal.other_weights);
   if (ours == nullptr)
@@ -113,7 +113,7 @@ void ModelWays::report(GoalTable& table, const MachineProbe& probe, const ModelG
                                             "type Q4_0 or Q4_1, and the model is none"
                                           : kNoLlamaCpp);
   else
-    table.add(goal.goal, paired_ratio(other->generate, ours->generate), probe.limits());
+    table.add(goal.goal, paired_ratio(other->generate, ours->generate), measure_limits(parallel));
 }
 
 }  // namespace cleave::bench

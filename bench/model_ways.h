@@ -54,7 +54,7 @@ class ModelWays {
   const std::vector<ModelWay>& ways() const { return ways_; }
 
   /// Generation, of what was added; other rows say what is missing.
-  void report(GoalTable& table, const MachineProbe& probe, const ModelGoal& goal) const;
+  void report(GoalTable& table, const ParallelFor& parallel, const ModelGoal& goal) const;
 
  private:
   void add(const char* model, const char* runtime, const char* weights,

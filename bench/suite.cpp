@@ -139,8 +139,7 @@ double weight_bytes(const FfnShape& s) {
 
 class Suite {
  public:
-  explicit Suite(const SuiteOptions& options)
-      : options_(options), pool_(options.threads), probe_(pool_.parallel_for()) {}
+  explicit Suite(const SuiteOptions& options) : options_(options), pool_(options.threads) {}
 
   void run() {
     const SuiteModels models(options_);  // a file that is missing is found before the first row
@@ -153,7 +152,7 @@ class Suite {
     if (wanted("C7")) dense_against_onednn();
     if (wanted("C8")) fine_experts();
     if (wanted("any")) any_tokens();
-    models.measure(pool_.threads(), table_, probe_);
+    models.measure(table_, parallel());
   }
   nlohmann::ordered_json to_json() const {
     nlohmann::ordered_json json = provenance(pool_.threads());
@@ -168,7 +167,7 @@ class Suite {
 
   void report(const std::string& row, const std::string& what, const Measured& ours, double least,
               double aim) {
-    if (wanted(row)) table_.add({row, what, least, aim}, ours, probe_.limits());
+    if (wanted(row)) table_.add({row, what, least, aim}, ours, measure_limits(parallel()));
   }
   /// A figure that no round gave, such as the worst of several.
   void report(const std::string& row, const std::string& what, double ours, double least,
@@ -178,7 +177,7 @@ class Suite {
   /// `times`: ours, and from `first` on oneDNN's, if there is one.
   void report_onednn(const Goal& goal, const std::vector<Timing>& times, std::size_t first) {
     if (times.size() > first)
-      table_.add(goal, paired_ratio(fastest(times, first), times[0]), probe_.limits());
+      table_.add(goal, paired_ratio(fastest(times, first), times[0]), measure_limits(parallel()));
     else
       table_.add_not_measured(goal, kNoOneDnn);
   }
@@ -214,6 +213,7 @@ class Suite {
     FfnShape shape;
     shape.layers = kTwoRows;
     const FfnSetup sparse(shape, parallel()), dense(dense_of(shape), parallel());
+    const ReadProbe probe(kProbeBytes);
     OneDnn baseline = onednn(shape);
     for (const std::int64_t T : {1, 2, 4, 8, 32, 64, 128}) {
       if (!wanted(T == 1 ? "C1" : T <= 8 ? "C2" : "C4")) continue;
@@ -223,7 +223,7 @@ class Suite {
       std::vector<double> bandwidth, peak;
       std::vector<Task> tasks{run_sparse.task(),
                               [&](std::int64_t) {
-                                bandwidth.push_back(probe_.memory().run(parallel()));
+                                bandwidth.push_back(probe.run(parallel()));
                                 peak.push_back(arithmetic_probe(shape.type, parallel()));
                               },
                               run_dense.task()};
@@ -400,7 +400,6 @@ class Suite {
 
   const SuiteOptions& options_;
   ThreadPool pool_;
-  MachineProbe probe_;
   GoalTable table_;
 };
 

@@ -37,17 +37,17 @@ SuiteModels::SuiteModels(const SuiteOptions& options) : options_(options) {
         "--converted {}: no {} here that it was made of; give --model", options.converted, kModel));
 }
 
-void SuiteModels::measure(int threads, GoalTable& table, const MachineProbe& probe) const {
+void SuiteModels::measure(GoalTable& table, const ParallelFor& parallel) const {
   if (!wanted()) return;
   // Twice those of bench_end_to_end: generation speeds differ by a tenth from round to round.
-  ModelWays ways({.threads = threads, .rounds = 15});
+  ModelWays ways({.threads = parallel.threads, .rounds = 15});
   std::optional<ConvertedModel> made;
   if (dense_) {
     ways.add_dense(*dense_);
     if (converted_) ways.add_converted(*converted_, false);
     if (!converted_ && options_.wants("E1")) {
       fmt::print(stderr, "converting {}: 2 of 8 experts\n", dense_->path().string());
-      made.emplace(*dense_, calibration_text(), threads);
+      made.emplace(*dense_, calibration_text(), parallel.threads);
       ways.add_converted(Checkpoint::open(made->path()), false);
     }
     ways.measure();
@@ -55,7 +55,7 @@ void SuiteModels::measure(int threads, GoalTable& table, const MachineProbe& pro
   for (const ModelGoal& goal : model_goals()) {
     if (!options_.wants(goal.goal.row)) continue;
     if (dense_)
-      ways.report(table, probe, goal);
+      ways.report(table, parallel, goal);
     else
       table.add_not_measured(goal.goal, kNoModel);
   }

@@ -15,7 +15,7 @@ class SuiteModels {
   /// @throws InvalidArgument, FileError  they are not such models, or a file is missing
   explicit SuiteModels(const SuiteOptions& options);
   /// Converts first, where no converted model was given.
-  void measure(int threads, GoalTable& table, const MachineProbe& probe) const;
+  void measure(GoalTable& table, const ParallelFor& parallel) const;
 
  private:
   bool wanted() const { return options_.wants("C7") || options_.wants("E1"); }
