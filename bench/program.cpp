@@ -8,6 +8,7 @@
 #include <fstream>
 #include <new>
 
+#include "bench_commit.h"
 #include "cleave/error.h"
 #include "cleave/kernels.h"
 #include "cleave/version.h"
@@ -69,6 +70,7 @@ const CLI::Validator kFileToWrite(
 nlohmann::ordered_json provenance(int threads) {
   return {{"date", fmt::format("{:%Y-%m-%dT%H:%M:%SZ}", fmt::gmtime(std::time(nullptr)))},
           {"cleave", kVersion},
+          {"commit", CLEAVE_BENCH_COMMIT},
           {"compiler", CLEAVE_BENCH_COMPILER},
           {"flags", CLEAVE_BENCH_FLAGS},
           {"processor", processor_name()},

@@ -17,8 +17,8 @@ extern const CLI::Validator kCount;
 /// For a file to be written at the end of a long run: its folder must be there at the start.
 extern const CLI::Validator kFileToWrite;
 
-/// When, on what and with which build figures were taken: date (UTC), version, compiler and flags,
-/// processor, instruction set and threads.
+/// When, on what and with which build figures were taken: date (UTC), version, commit ("-dirty"
+/// with changes), compiler and flags, processor, instruction set and threads.
 nlohmann::ordered_json provenance(int threads);
 
 }  // namespace cleave::bench

@@ -25,7 +25,7 @@ says out.txt '^E1 .* not measured: no models/SmolLM2.*fetch_models.sh'
 for key in ours quartiles rounds ours_s compared_with_s at_least aim below read_bytes_per_s not_measured; do
   says suite.json "^      \"$key\":"  # of a row
 done
-for key in date cleave compiler flags processor instruction_set threads rows; do says suite.json "^  \"$key\":"; done
+for key in date cleave commit compiler flags processor instruction_set threads rows; do says suite.json "^  \"$key\":"; done
 
 expect 0 "$moe_ffn" --suite --only E1 --model "$model"
 says out.txt '^E1  *converted, bf16: times our dense  *[0-9.]*  *1.50  *1.75'
