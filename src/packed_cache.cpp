@@ -9,6 +9,7 @@
 #include "fail.h"
 #include "hash64.h"
 #include "kernels/packed_format.h"
+#include "mapped_file.h"
 
 namespace cleave {
 namespace {
@@ -25,7 +26,7 @@ std::int64_t up_to(std::int64_t multiple, std::int64_t value) {
 }
 
 using Bytes = std::shared_ptr<const std::byte[]>;
-/// The stored bytes of a part, or nullptr if only its size is wanted.
+/// The stored bytes of a part, mapped, or nullptr if only its size is wanted.
 using FindPart = std::function<Bytes(const std::string& name, std::int64_t bytes)>;
 
 /// Puts a decoder together from its parts, whose sizes follow from the configuration.
@@ -95,8 +96,10 @@ class Assembler {
   std::vector<float> floats(const std::string& name, std::int64_t count) const {
     std::vector<float> values(static_cast<std::size_t>(count));
     const auto bytes = count * static_cast<std::int64_t>(sizeof(float));
-    if (const Bytes stored = find_(name, bytes))
+    if (const Bytes stored = find_(name, bytes)) {
       std::memcpy(values.data(), stored.get(), static_cast<std::size_t>(bytes));
+      release_pages({stored.get(), static_cast<std::size_t>(bytes)});  // of this part alone
+    }
     return values;
   }
 
