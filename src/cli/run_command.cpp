@@ -115,6 +115,14 @@ void trim_memory() {
 #endif
 }
 
+/// One heap for all threads: in the one that each would have of its own, what packing needed for a
+/// moment stays.
+void share_heap() {
+#ifdef __GLIBC__
+  mallopt(M_ARENA_MAX, 1);
+#endif
+}
+
 /// The checkpoint is closed again: what it maps and knows is not needed to run.
 Loaded load(const RunOptions& options) {
   const Checkpoint checkpoint = Checkpoint::open(options.model);
@@ -128,6 +136,7 @@ Loaded load(const RunOptions& options) {
 void run_model(const RunOptions& options) {
   if (options.prompt.empty())
     throw InvalidArgument("--prompt: empty; give it at least one character");
+  share_heap();
   auto [tokenizer, model, weights] = load(options);
   trim_memory();
   const InterruptGuard guard;
