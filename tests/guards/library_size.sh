@@ -1,6 +1,6 @@
 #!/bin/sh
-# library_size.sh COMPILER LIBRARY LIMIT WORK_DIR: fails if all of the library, linked (an archive is
-# made a shared object of first) and stripped, takes LIMIT bytes or more.
+# library_size.sh COMPILER LIBRARY LIMIT WORK_DIR: fails if all of the library (or a program), linked (an
+# archive is made a shared object of first) and stripped, takes LIMIT bytes or more.
 compiler=$1 library=$2 limit=$3 work=$4
 mkdir -p "$work" || exit 2
 linked=$library

@@ -60,6 +60,10 @@ echo 'int torch(); int more() { return torch(); }' >library.cpp
 $compiler -shared -fPIC library.cpp -o libmore.so -L. -ltorch -Wl,-rpath,"$PWD" || exit 2
 expect 1 sh "$guards/no_torch_linked.sh" ./libmore.so
 expect 2 sh "$guards/no_torch_linked.sh" ./missing
+expect 1 sh "$guards/static_program.sh" ./loads_not
+expect 1 sh "$guards/static_program.sh" ./libmore.so
+expect 2 sh "$guards/static_program.sh" ./missing
+if $compiler -static empty.cpp -o loads_nothing 2>/dev/null; then expect 0 sh "$guards/static_program.sh" ./loads_nothing; fi
 echo 'char big[100000] = {1};' >big.cpp && $compiler -fPIC -c big.cpp -o big.o && ar rc libbig.a big.o || exit 2
 expect 0 sh "$guards/library_size.sh" "$compiler" libbig.a 200000 size
 expect 1 sh "$guards/library_size.sh" "$compiler" libbig.a 100000 size
