@@ -325,7 +325,8 @@ GgufFile GgufFile::open(const std::filesystem::path& path) {
     fail_file("{}: key 'general.alignment' is {}; expected a power of two", cursor.name(),
               alignment);
   place_tensors(gguf.tensors_, cursor, alignment);
-  release_pages(gguf.bytes().first(cursor.position()));  // with a vocabulary, some megabytes
+  gguf.keys_end_ = cursor.position();
+  gguf.release_keys();  // with a vocabulary, some megabytes
   return gguf;
 }
 

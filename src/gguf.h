@@ -55,6 +55,8 @@ class GgufFile {
   std::optional<std::vector<std::string_view>> strings(std::string_view key) const;
   const std::vector<std::int64_t>* integers(std::string_view key) const;  ///< booleans too
   const std::vector<double>* floats(std::string_view key) const;
+  /// Gives back the memory of the mapped keys; strings() brings in again what it reads.
+  void release_keys() const { release_pages(bytes().first(keys_end_)); }
 
   /// An array of strings: where the first one's length is in the file.
   struct StringArray {
@@ -72,6 +74,7 @@ class GgufFile {
   const T* value_as(std::string_view key, const char* expected) const;
 
   MappedFile file_;
+  std::size_t keys_end_ = 0;  // and of the list of tensors
   std::map<std::string, Value, std::less<>> metadata_;
   std::vector<GgufTensor> tensors_;
   std::map<std::string, std::size_t, std::less<>> index_of_name_;

@@ -206,6 +206,7 @@ GgufTokenizerFiles gguf_tokenizer_files(const GgufFile& file) {
   files.special_tokens_map_json = text_of(special_tokens_of(vocabulary));
   files.generation_config_json = text_of(generation_config_of(vocabulary));
   files.chat_template = file.string("tokenizer.chat_template").value_or("");
+  file.release_keys();
   return files;
 }
 
