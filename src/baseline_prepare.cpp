@@ -126,7 +126,7 @@ class LayerFit {
     for (std::int64_t t = 0; t < h.rows; ++t)
       for (std::int64_t j = 0; j < h.cols; ++j)
         if (!std::isfinite(h(t, j)))
-          fail_argument(
+          fail_file(
               "prepare_baselines: neuron {} of layer {} is {} at token {} of the calibration text; "
               "must be finite; is the checkpoint damaged?",
               j, layer_, h(t, j), window * stream_.context() + t);

@@ -252,7 +252,7 @@ std::vector<float> token_weights(MatrixView<const float> stream, MatrixView<cons
     for (std::int64_t d = 0; d < y.cols; ++d) sum[d] = x[d] + y(t, d);
     const double size = mean_square(sum.data(), y.cols);
     if (!std::isfinite(size))
-      fail_argument(
+      fail_file(
           "convert: layer {}: the output of the FFN or its input is not finite at token {} of "
           "calibration window {}; is the model broken, or in a type too small for it?",
           layer, t % context, t / context);

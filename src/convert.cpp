@@ -147,7 +147,7 @@ void check_finite(MatrixView<const float> values, const char* what, std::int64_t
   for (std::int64_t t = 0; t < values.rows; ++t)
     for (std::int64_t c = 0; c < values.cols; ++c)
       if (!std::isfinite(values(t, c)))
-        throw InvalidArgument(
+        throw FileError(
             fmt::format("convert: layer {}: {} is {} at token {} of calibration window {}; is the "
                         "model broken, "
                         "or in a type too small for it?",

@@ -87,7 +87,7 @@ TEST_F(BudgetInput, NamesLayerAndTokenOfWhatIsNotFinite) {
     try {
       convert_it();
       ADD_FAILURE() << "infinite activations were taken";
-    } catch (const InvalidArgument& error) {
+    } catch (const FileError& error) {
       const std::string message = error.what(), token = std::to_string(late.token);
       EXPECT_NE(message.find("layer 1:"), std::string::npos) << message;
       EXPECT_NE(message.find("at token " + token + " of calibration window 0"), std::string::npos)

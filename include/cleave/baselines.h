@@ -130,8 +130,8 @@ using BaselineProgress = std::function<void(const std::string&, std::int64_t, st
 ///
 /// @param progress  called with (what, done, all)
 /// @throws InvalidArgument  the model holds experts, the text has no window of 2 tokens, a spec
-/// does
-///                          not fit H, or an activation is not finite (names layer and token)
+///                          does not fit H
+/// @throws FileError        an activation is not finite (names layer and token)
 std::vector<Baseline> prepare_baselines(Model& dense, const TokenWindows& calibration,
                                         std::span<const BaselineSpec> specs,
                                         const BaselineProgress& progress = {});

@@ -109,9 +109,9 @@ struct Conversion {
 ///
 /// @param calibration  nullptr: none
 /// @param progress     called with (what, done, all)
-/// @throws InvalidArgument  E does not divide H, K > E, the model is already a mixture of experts,
-///                          or an activation is not finite (names layer and token)
-/// @throws FileError        from reading the checkpoint
+/// @throws InvalidArgument  E does not divide H, K > E, the model is already a mixture of experts
+/// @throws FileError        from reading the checkpoint; an activation is not finite (names layer
+///                          and token)
 Conversion convert(
     const Checkpoint& source, const ConvertSpec& spec, const TokenWindows* calibration = nullptr,
     const std::function<void(const std::string&, std::int64_t, std::int64_t)>& progress = {});
@@ -174,8 +174,8 @@ BudgetShares divide_budget(std::int64_t hidden, const BudgetSpec& spec);
 /// T * (5 D + H) floats, T * (4 D + H) without the correction.
 /// @throws InvalidArgument  the budget is below one expert or leaves none, a text of no tokens, the
 ///                          model is no dense one; Allocation::kKl without a shared slice beside
-///                          experts, or with fewer than 3 windows; and where an activation is not
-///                          finite
+///                          experts, or with fewer than 3 windows
+/// @throws FileError        as convert()
 Conversion convert_to_budget(
     const Checkpoint& source, const BudgetSpec& spec, const TokenWindows& calibration,
     const std::function<void(const std::string&, std::int64_t, std::int64_t)>& progress = {});
