@@ -369,33 +369,40 @@ class Suite {
       FfnShape shape = base;
       shape.layers = kTwoRows;
       const FfnSetup sparse(shape, parallel()), dense(dense_of(shape), parallel());
-      const auto ratio = [&](std::int64_t T) {
+      const auto ratio = [&](std::int64_t T, int rounds) {
         Runner a(sparse, random_routing(shape, T, 5), parallel());
         Runner b(dense, random_routing(dense.shape(), T, 5), parallel());
-        const auto times = time_in_turn({a.task(), b.task()}, 15);
+        const auto times = time_in_turn({a.task(), b.task()}, rounds);
         return paired_ratio(times[1], times[0]);
       };
       report_worst(name, ratio);
     }
-    const auto fine_ratio = [&](std::int64_t T) {
+    const auto fine_ratio = [&](std::int64_t T, int rounds) {
       FineLayers fine(T, parallel());
       FfnShape shape = dense_of(FineLayers::shape());
       shape.layers = fine.layers();
       const FfnSetup dense(shape, parallel());
       Runner b(dense, random_routing(shape, T, 5), parallel());
-      const auto times = time_in_turn({fine.task(), b.task()}, 31);
+      const auto times = time_in_turn({fine.task(), b.task()}, 2 * rounds);
       return paired_ratio(times[1], times[0]);
     };
     report_worst("48 of 96 of 16", fine_ratio);
   }
+  /// The lowest of a few quick rounds at many T would be lower than what any of these T gives: so
+  /// the three lowest are measured again, and the lowest of those counts.
   template <typename Ratio>
   void report_worst(const std::string& name, const Ratio& ratio) {
-    double worst = 1e9;
-    std::int64_t at = 0;
+    constexpr int kQuickRounds = 15, kRounds = 45;
+    std::vector<std::pair<double, std::int64_t>> quick;
     for (const std::int64_t T : {1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 64, 128})
-      if (const double r = ratio(T); r < worst) worst = r, at = T;
-    report("any", fmt::format("{}, worst of T = 1..128 ({}): dense / ours", name, at), worst, 0.97,
-           1.0);
+      quick.emplace_back(ratio(T, kQuickRounds), T);
+    std::sort(quick.begin(), quick.end());
+    std::pair<Measured, std::int64_t> worst;
+    for (int i = 0; i < 3; ++i)
+      if (const Measured r = ratio(quick[i].second, kRounds); i == 0 || r < worst.first)
+        worst = {r, quick[i].second};
+    report("any", fmt::format("{}, worst of T = 1..128 ({}): dense / ours", name, worst.second),
+           worst.first, 0.97, 1.0);
   }
 
   const SuiteOptions& options_;
