@@ -1,6 +1,8 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <optional>
 
 #include "allocate_budget.h"
@@ -10,11 +12,18 @@
 #include "cleave/model.h"
 #include "fail.h"
 #include "kernels/dispatch.h"
+#include "rare_tokens.h"
 #include "support/buffer.h"
 #include "window_stream.h"
 
 namespace cleave {
 namespace {
+
+void check_rare_tokens(const BudgetSpec& spec) {
+  if (!(spec.rare_tokens >= 0.0 && spec.rare_tokens <= 1.0))
+    fail_argument("convert: rare tokens in {} of the windows; give a share from 0 to 1",
+                  spec.rare_tokens);
+}
 
 void check_refit_rounds(const BudgetSpec& spec, const BudgetShares& shares) {
   if (spec.refit_rounds < 1)
@@ -45,13 +54,14 @@ class BudgetConversion {
         model_(model),
         parallel_(model_.parallel()),
         windows_(windows),
-        stream_(model_, windows),
+        rare_(rare_windows(model, windows, spec)),
+        stream_(model_, texts_),
         width_(std::max(model.config().intermediate_size,
                         layer_size(*std::max_element(shared_widths.begin(), shared_widths.end())))),
         input_(stream_.tokens() * model.config().hidden_size),
         hidden_(stream_.tokens() * width_),
         target_(stream_.tokens() * model.config().hidden_size) {
-    if (!parallel_mode() && spec.correction != 0.0) dense_.emplace(model_, windows);
+    if (!parallel_mode() && spec.correction != 0.0) dense_.emplace(model_, texts_);
   }
 
   Conversion run() {
@@ -62,10 +72,11 @@ class BudgetConversion {
     conversion_.seed = spec_.seed;
     conversion_.router = shares_.active == 0 ? "none" : router_method_name(spec_.router_method);
     conversion_.scale = ScalePolicy::kActive;
-    conversion_.calibration_tokens = stream_.tokens();
+    conversion_.calibration_tokens = text_tokens();
     const std::int64_t layers = model_.config().num_layers;
     for (std::int64_t l = 0; l < layers; ++l) {
       convert_layer(l);
+      if (l + 1 == rare_token_layers(layers)) forget_rare_tokens();
       if (progress_) progress_("convert", l + 1, layers);
     }
     add_notices();
@@ -74,6 +85,20 @@ class BudgetConversion {
 
  private:
   bool parallel_mode() const { return spec_.calibration_mode == CalibrationMode::kParallel; }
+
+  static TokenWindows rare_windows(Model& model, const TokenWindows& windows,
+                                   const BudgetSpec& spec) {
+    const auto count = static_cast<std::int64_t>(
+        std::llround(spec.rare_tokens * static_cast<double>(windows.count())));
+    if (count == 0) return {{}, windows.context};
+    return rare_token_windows(model, windows, count, spec.seed);
+  }
+  std::int64_t text_tokens() const { return windows_.count() * windows_.context; }
+
+  void forget_rare_tokens() {
+    stream_.keep_windows(windows_.count());
+    if (dense_) dense_->keep_windows(windows_.count());
+  }
 
   /// H' of a layer: as many neurons as its experts and its shared slice hold.
   std::int64_t layer_size(std::int64_t shared_width) const {
@@ -173,7 +198,10 @@ class BudgetConversion {
   void record_load(const BudgetRows& rows, const Routing& routing, std::int64_t layer) {
     if (spec_.refit) fits_.push_back(fit_text(rows, routing, stream_.tokens(), layer));
     if (routing.ids.empty()) return;
-    std::vector<double> load = expert_loads(routing, shares_.experts);
+    Routing of_text = routing;  // without the rare tokens behind it
+    of_text.num_tokens = text_tokens();
+    of_text.ids.resize(static_cast<std::size_t>(of_text.num_tokens * routing.experts_per_token));
+    std::vector<double> load = expert_loads(of_text, shares_.experts);
     if (const auto notice = unused_notice(rows, load, layer))
       conversion_.notices.push_back(*notice);
     conversion_.expert_load.push_back(std::move(load));
@@ -215,7 +243,8 @@ class BudgetConversion {
     Buffer y(features.rows * D);
     const MatrixView<float> out(y.data(), features.rows, D);
     down_product(features, down, {}, out, parallel_);
-    conversion_.layer_error.push_back(relative_error(out, target, weight));
+    conversion_.layer_error.push_back(
+        relative_error(out.slice_rows(0, text_tokens()), target, weight));
     for (std::int64_t t = 0; t < features.rows; ++t) {
       isa_kernels().add(parallel_mode() ? target.row(t) : out.row(t), stream_.rows().row(t), D);
       if (!down_bias.empty()) isa_kernels().add(down_bias.data(), stream_.rows().row(t), D);
@@ -240,6 +269,8 @@ class BudgetConversion {
   Model& model_;
   ParallelFor parallel_;
   const TokenWindows& windows_;
+  TokenWindows rare_;  // for the first layers, behind those windows
+  const std::array<const TokenWindows*, 2> texts_{&windows_, &rare_};
   WindowStream stream_;                // through the converted layers; in parallel mode the dense
   std::optional<WindowStream> dense_;  // through the dense model, where the correction needs it
   std::int64_t width_;                 // of the rows of hidden_: the most neurons of a layer
@@ -275,6 +306,7 @@ Conversion convert_to_budget(
     fail_argument("convert: a router of rank {} for {} experts; give a rank of at most as many",
                   spec.router_rank, shares.experts);
   check_refit_rounds(spec, shares);
+  check_rare_tokens(spec);
   if (spec.allocation == Allocation::kKl) check_allocation(shares, calibration);
   Model model = Model::load(source, {.threads = spec.threads});
   if (spec.allocation == Allocation::kKl)

@@ -56,6 +56,11 @@ void WindowStream::add(std::int64_t window, MatrixView<const float> y) {
   for (std::int64_t t = 0; t < y.rows; ++t) isa_kernels().add(y.row(t), x.row(t), D_);
 }
 
+void WindowStream::keep_windows(std::int64_t count) {
+  begin_.resize(static_cast<std::size_t>(count) + 1);
+  stream_.resize(static_cast<std::size_t>(tokens() * D_));
+}
+
 std::vector<float> WindowStream::finish() && {
   for (std::int64_t w = 0; w < num_windows(); ++w) model_.finish(residual(w), residual(w));
   return std::move(stream_);

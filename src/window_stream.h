@@ -37,6 +37,8 @@ class WindowStream {
   void attend(std::int64_t layer, MatrixView<float> input);
   /// The window's residual stream += y [window, D].
   void add(std::int64_t window, MatrixView<const float> y);
+  /// Forgets all windows but the first `count`.
+  void keep_windows(std::int64_t count);
   /// The final norm, in place: the stream becomes the hidden states.
   std::vector<float> finish() &&;
 

@@ -148,6 +148,9 @@ struct BudgetSpec {
   /// meaning under CalibrationMode::kParallel, where nothing is lost before.
   double correction = 0.5;
   CalibrationMode calibration_mode = CalibrationMode::kSequential;
+  /// Windows with tokens that the text lacks, for the first layers alone (one in eight), as a share
+  /// of the text's windows, in [0, 1]: copies of these in which four tokens in ten are such.
+  double rare_tokens = 0.0;
   /// Weight of a window's first token against any other in all statistics. It is an attention sink.
   double first_token_weight = 1.0;
   std::uint64_t seed = 0;
@@ -171,7 +174,8 @@ BudgetShares divide_budget(std::int64_t hidden, const BudgetSpec& spec);
 /// average: exactly with GateMode::kHard (scale 1), with kSoftmax and scale K.
 ///
 /// Holds the residual stream of all calibration tokens and one layer's hidden values:
-/// T * (5 D + H) floats, T * (4 D + H) without the correction.
+/// T * (5 D + H) floats, T * (4 D + H) without the correction, and as much again by the share of
+/// rare tokens.
 /// @throws InvalidArgument  the budget is below one expert or leaves none, a text of no tokens, the
 ///                          model is no dense one; Allocation::kKl without a shared slice beside
 ///                          experts, or with fewer than 3 windows

@@ -280,6 +280,13 @@ void add_convert_command(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1.0));
   command
+      ->add_option(
+          "--rare-tokens", options->rare_tokens,
+          "With --active-share: calibration windows for the first layer alone, with tokens "
+          "that the text lacks, as a share of the text's windows, 0.4 say; 0: none")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1.0));
+  command
       ->add_option("--calibration-mode", options->calibration_mode,
                    "With --active-share: sequential (each layer is fitted on what the converted "
                    "layers before it give) or parallel (on what the dense ones give)")

@@ -137,6 +137,7 @@ BudgetSpec make_budget(const ConvertOptions& options, std::int64_t hidden) {
   spec.refit_rounds = options.refit_rounds;
   spec.refit_spec.penalty = options.penalty;
   spec.correction = options.correction;
+  spec.rare_tokens = options.rare_tokens;
   constexpr std::pair<const char*, CalibrationMode> kModes[] = {
       {"sequential", CalibrationMode::kSequential}, {"parallel", CalibrationMode::kParallel}};
   spec.calibration_mode = parse_name("--calibration-mode", options.calibration_mode, kModes);
@@ -167,6 +168,7 @@ Json settings_json(const ConvertOptions& options) {
          {"allocation", options.allocation},
          {"penalty", options.penalty},
          {"correction", options.calibration_mode == "parallel" ? 0.0 : options.correction},
+         {"rare_tokens", options.rare_tokens},
          {"calibration_mode", options.calibration_mode},
          {"calibration_weights", options.calibration_weights}});
   else
@@ -207,7 +209,7 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
   if (options.active_share == 0.0) {
     for (const char* name :
          {"--shared", "--refit", "--refit-rounds", "--router", "--penalty", "--correction",
-          "--allocation", "--calibration-mode", "--calibration-weights"})
+          "--allocation", "--calibration-mode", "--calibration-weights", "--rare-tokens"})
       if (given(name))
         throw InvalidArgument(fmt::format(
             "{} belongs to a conversion to a budget; give --active-share as well", name));

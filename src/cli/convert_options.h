@@ -24,6 +24,7 @@ struct ConvertOptions {
   std::string allocation = "uniform";
   std::string calibration_mode = "sequential";
   double correction = BudgetSpec{}.correction;
+  double rare_tokens = BudgetSpec{}.rare_tokens;
   double penalty = RefitSpec{}.penalty;
   std::string gate = "auto";
   std::string scale = "fitted";
