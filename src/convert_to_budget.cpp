@@ -88,9 +88,9 @@ class BudgetConversion {
 
   static TokenWindows rare_windows(Model& model, const TokenWindows& windows,
                                    const BudgetSpec& spec) {
+    if (spec.rare_tokens == 0.0) return {{}, windows.context};
     const auto count = static_cast<std::int64_t>(
-        std::llround(spec.rare_tokens * static_cast<double>(windows.count())));
-    if (count == 0) return {{}, windows.context};
+        std::ceil(spec.rare_tokens * static_cast<double>(windows.count())));
     return rare_token_windows(model, windows, count, spec.seed);
   }
   std::int64_t text_tokens() const { return windows_.count() * windows_.context; }

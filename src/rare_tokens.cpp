@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "fail.h"
 #include "support/buffer.h"
 
 namespace cleave {
@@ -36,6 +37,9 @@ std::vector<std::int32_t> lacking(Model& model, const TokenWindows& text) {
   std::vector<bool> seen(square.size(), false);
   float least = std::numeric_limits<float>::infinity(), most = 0.0f;
   for (const std::int32_t t : text.tokens) {
+    if (t < 0 || static_cast<std::size_t>(t) >= square.size())
+      fail_argument("convert: token {} of the calibration text; the model has {} of them", t,
+                    square.size());
     seen[static_cast<std::size_t>(t)] = true;
     least = std::min(least, square[static_cast<std::size_t>(t)]);
     most = std::max(most, square[static_cast<std::size_t>(t)]);

@@ -17,7 +17,7 @@ namespace cleave {
 TokenWindows rare_token_windows(Model& model, const TokenWindows& text, std::int64_t count,
                                 std::uint64_t seed);
 inline constexpr double kRareTokens = 0.4;
-/// So many of the layers are meant: one in eight.
+/// So many of the layers are meant: the first eighth.
 inline std::int64_t rare_token_layers(std::int64_t layers) { return (layers + 7) / 8; }
 
 }  // namespace cleave

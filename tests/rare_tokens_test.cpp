@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <set>
 #include <string>
@@ -92,6 +93,31 @@ TEST_F(RareTokens, TheFirstLayerLosesLessOfThem) {
     return sum;
   };
   EXPECT_LT(error(0.4), 0.9 * error(0.0));
+}
+
+TEST_F(RareTokens, AreNotPartOfWhatIsReported) {
+  const auto convert = [&](double rare_tokens) {
+    BudgetSpec spec = budget(0.5);
+    spec.rare_tokens = rare_tokens;
+    return convert_to_budget(source_, spec, calibration_);
+  };
+  const Conversion with = convert(0.4), without = convert(0.0);
+  EXPECT_EQ(with.calibration_tokens, without.calibration_tokens);
+  for (const std::vector<double>& load : with.expert_load) {
+    double sum = 0.0;  // K of them a token
+    for (const double share : load) sum += share;
+    EXPECT_NEAR(sum, static_cast<double>(with.layers[0].experts_per_token), 1e-9);
+  }
+  EXPECT_NE(with.layers[0].experts.down_t, without.layers[0].experts.down_t);
+}
+
+TEST_F(RareTokens, RefuseATokenThatTheModelLacks) {
+  Model model = Model::load(source_);
+  for (const std::int32_t bad : {-1, static_cast<std::int32_t>(model.config().vocab_size)}) {
+    TokenWindows text = calibration_;
+    text.tokens[5] = bad;
+    EXPECT_THROW(rare_token_windows(model, text, 1, 1), InvalidArgument) << bad;
+  }
 }
 
 TEST_F(RareTokens, RefusesAShareThatIsNone) {

@@ -148,7 +148,7 @@ struct BudgetSpec {
   /// meaning under CalibrationMode::kParallel, where nothing is lost before.
   double correction = 0.5;
   CalibrationMode calibration_mode = CalibrationMode::kSequential;
-  /// Windows with tokens that the text lacks, for the first layers alone (one in eight), as a share
+  /// Windows with tokens that the text lacks, for the first eighth of the layers, as a share
   /// of the text's windows, in [0, 1]: copies of these in which four tokens in ten are such.
   double rare_tokens = 0.0;
   /// Weight of a window's first token against any other in all statistics. It is an attention sink.

@@ -19,9 +19,9 @@
 namespace cleave {
 
 /// How packed weights are stored. Sums and results are float32 with all of them, and so are inputs,
-/// but for kBF16 where the instruction set is "avx512bf16": prompts (from some 9 rows of a matrix,
-/// and on average 5 per expert, 9 where experts are a panel or two wide) are then rounded to
-/// bfloat16 before each product.
+/// but for kBF16 where the instruction set is "avx512bf16": from some 9 rows of a matrix on, and
+/// from 5 per expert on average (3 where experts are a panel or two wide, or the FFN takes 8 MiB at
+/// most), they are then rounded to bfloat16 before each product.
 enum class WeightType {
   kF32,   ///< 4 bytes a weight
   kBF16,  ///< 2 bytes, rounded to nearest even
@@ -212,7 +212,7 @@ void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
 std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t num_tokens,
                                    std::int64_t experts_per_token, int threads);
 
-/// The same for moe_ffn() with shared experts.
+/// The same for moe_ffn() with shared experts, `shared` of one expert.
 std::size_t moe_ffn_workspace_size(const PackedExperts& experts, const PackedExperts& shared,
                                    std::int64_t num_tokens, std::int64_t experts_per_token,
                                    int threads);

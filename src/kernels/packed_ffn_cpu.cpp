@@ -16,13 +16,21 @@ namespace {
 /// a per cent each time.
 bool is_small(const PackedExperts& experts) { return experts.bytes() <= (std::int64_t{8} << 20); }
 
-/// Rows per expert from which on a second phase pays, with weights unpacked once for all rows or
-/// multiplied as pairs.
-std::int64_t prefill_rows(const PackedExperts& experts) {
-  if (!uses_dots(experts)) return 16;
-  if (is_narrow(experts)) return 14;
-  if (!is_small(experts)) return 5;
-  return experts.num_experts() == 1 ? 13 : 10;  // a product has 12 rows, and those of experts vary
+/// The most tokens, with K experts each, that do not run as a prompt. A second phase pays from so
+/// many rows per expert on, with weights unpacked once for all rows or multiplied as pairs; and
+/// where the sums of parts, [T, D] each, would be much beside the weights.
+std::int64_t few_tokens(const ActiveExperts& a) {
+  const PackedExperts& experts = a.experts;
+  const std::int64_t E = experts.num_experts();
+  const auto below = [&](std::int64_t rows) {
+    return std::max<std::int64_t>(0, (rows * E - 1) / a.k);
+  };
+  if (!uses_dots(experts)) return below(16);
+  const bool narrow = is_narrow(experts);
+  if (!narrow && !is_small(experts)) return below(5);
+  const std::int64_t most = narrow ? 14 : E == 1 ? 13 : 10;  // a product has 12 rows, but rows vary
+  const std::int64_t sum_bytes = experts.d_model() * static_cast<std::int64_t>(sizeof(float));
+  return std::max(below(narrow ? 9 : 5), std::min(below(most), experts.bytes() / (16 * sum_bytes)));
 }
 
 void check_packed_shapes(const char* function, const PackedExperts& experts,
@@ -37,11 +45,6 @@ void check_pairs(const char* function, std::int64_t T, std::int64_t K) {
   if (K > 0 && T > std::numeric_limits<std::int32_t>::max() / K)
     fail_argument("{}: {} tokens x {} experts; expected below 2^31 in one call; make several",
                   function, T, K);
-}
-
-/// The most tokens, up to `tokens`, that do not run as a prompt.
-std::int64_t few_tokens(const ActiveExperts& a, std::int64_t tokens) {
-  return std::min(tokens, (prefill_rows(a.experts) * a.experts.num_experts() - 1) / a.k);
 }
 
 /// Routing of tokens that all go to expert 0. Lives in the workspace.
@@ -104,7 +107,7 @@ void check_one_expert(const char* function, const PackedExperts& ffn) {
 FfnWay ffn_way(const PackedExperts& experts, std::int64_t tokens, std::int64_t k) {
   constexpr std::int64_t kPairedRows = 3;
   const std::int64_t pairs = tokens * k, E = experts.num_experts();
-  if (pairs >= prefill_rows(experts) * E) return FfnWay::kPrefill;
+  if (k > 0 && tokens > few_tokens({experts, k})) return FfnWay::kPrefill;
   const bool paired = uses_dots(experts) && (is_narrow(experts) || is_small(experts));
   return paired && pairs >= kPairedRows * E ? FfnWay::kDotDecode : FfnWay::kDecode;
 }
@@ -124,7 +127,7 @@ std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t nu
   const std::int64_t T = num_tokens, k = experts_per_token, parts = std::max(1, threads);
   if (T < 1 || k < 1) return 0;
   const ActiveExperts active{experts, k};
-  return std::max(few_bytes({&active, 1}, few_tokens(active, T), parts),
+  return std::max(few_bytes({&active, 1}, std::min(T, few_tokens(active)), parts),
                   prefill_bytes(experts, T, k, parts));
 }
 
@@ -136,7 +139,7 @@ std::size_t moe_ffn_workspace_size(const PackedExperts& experts, const PackedExp
   const ActiveExperts both[] = {{experts, k}, {shared, 1}};
   const std::size_t alone = std::max(moe_ffn_workspace_size(experts, T, k, threads),
                                      moe_ffn_workspace_size(shared, T, 1, threads));
-  const std::int64_t few = std::min(few_tokens(both[0], T), few_tokens(both[1], T));
+  const std::int64_t few = std::min({T, few_tokens(both[0]), few_tokens(both[1])});
   return always_on_bytes(T) + std::max(alone, few_bytes(both, few, std::max(1, threads)));
 }
 
@@ -159,6 +162,7 @@ void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
   const FfnCall call = checked_call(experts, checked_view("moe_ffn", routing), scale, x, y);
   check_one_expert("moe_ffn: shared experts", shared);
   check_packed_shapes("moe_ffn: shared experts", shared, x, y);
+  check_pairs("moe_ffn: shared experts", x.rows, 1);
   if (x.rows == 0) return;
   run_always_on(call.k > 0 ? &call : nullptr, shared, x, y,
                 moe_ffn_workspace_size(experts, shared, x.rows, call.k, parallel.threads),

@@ -7,7 +7,7 @@
 #include "kernels/dispatch.h"
 #include "kernels/packed_format.h"
 
-// Blocks of packed weights times many rows, for packed_ffn_prefill.cpp: as floats, or as bfloat16
+// Blocks of packed weights times several rows, for FFNs and linear layers: as floats, or as bfloat16
 // pairs where the machine multiplies them.
 namespace cleave {
 

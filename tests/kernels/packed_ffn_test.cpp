@@ -265,7 +265,7 @@ TEST(PackedMoeFfn, AllExpertsEqualTheDenseFfn) {
   const std::int64_t D = 50, H = 96, E = 6;
   for (const WeightType type : kWeightTypes)
     for (const bool gated : {true, false})
-      for (const std::int64_t T : {1, 5, 33, 600}) {  // decoded up to 11 tokens
+      for (const std::int64_t T : {1, 5, 33, 600}) {  // decoded up to 15 tokens at most
         const int threads = static_cast<int>(pick(rng, 0, 4));
         SCOPED_TRACE(
             fmt::format("{} gated={} T={} threads={}", weight_type_name(type), gated, T, threads));
@@ -293,16 +293,67 @@ TEST(PackedMoeFfn, AllExpertsEqualTheDenseFfn) {
       }
 }
 
+/// moe_ffn() into rows of y that are farther apart than D. @param neurons  most of K experts
+void expect_strided_rows_are_right(std::mt19937& rng, const PackedExperts& packed,
+                                   const FfnShape& s, std::int64_t neurons,
+                                   const ParallelFor& parallel) {
+  constexpr std::int64_t kGap = 7;
+  const Routing routing = random_routing(rng, s);
+  const OwnedMatrix x = random_bf16_matrix(rng, s.T, s.D);
+  OwnedMatrix wide = random_matrix(rng, s.T, s.D + kGap), before = wide;
+  OwnedMatrix expected = random_matrix(rng, s.T, s.D), magnitude = expected, actual = expected;
+  for (std::int64_t t = 0; t < s.T; ++t)
+    std::copy_n(before.view().row(t), s.D, expected.view().row(t));
+  moe_ffn_reference(packed.unpack(), routing, 1.5f, x.view(), expected.view(), magnitude.view());
+  Workspace workspace;
+  moe_ffn(packed, routing, 1.5f, x.view(), {wide.values.data(), s.T, s.D, s.D + kGap}, workspace,
+          parallel);
+  for (std::int64_t t = 0; t < s.T; ++t) {
+    std::copy_n(wide.view().row(t), s.D, actual.view().row(t));
+    for (std::int64_t c = s.D; c < s.D + kGap; ++c)
+      ASSERT_EQ(wide.view()(t, c), before.view()(t, c)) << "beside y, token " << t;
+  }
+  expect_near(actual, expected, magnitude,
+              ffn_bound(s.D, neurons) + hidden_bound(WeightType::kBF16));
+}
+
+// Rows per expert at which another way begins: 3, 5, 10 and 13 (one expert), 14 (narrow ones).
+TEST(PackedMoeFfn, EveryWayBeginsRight) {
+  Pools pools;
+  struct Ffn {
+    std::int64_t D, I, E, K;
+    std::vector<std::int64_t> rows;
+  };
+  for (const Ffn& f : {Ffn{40, 16, 6, 2, {3, 9, 14}}, Ffn{64, 48, 6, 3, {3, 5, 10}},
+                       Ffn{40, 80, 1, 1, {3, 5, 13}}, Ffn{130, 2816, 4, 1, {3, 5}}}) {
+    std::mt19937 rng(static_cast<unsigned>(f.I));
+    const ExpertBank bank = random_bank(rng, f.D, f.I * f.E, f.E, true, false, Activation::kSilu);
+    const PackedExperts packed(bank, WeightType::kBF16);
+    for (const std::int64_t rows : f.rows)
+      for (const std::int64_t T : {(rows * f.E - 1) / f.K, (rows * f.E - 1) / f.K + 1})
+        for (const int threads : {1, 3}) {
+          SCOPED_TRACE(
+              fmt::format("D={} I={} E={} K={} T={} threads={}", f.D, f.I, f.E, f.K, T, threads));
+          FfnShape shape;
+          shape.T = T, shape.D = f.D, shape.I = f.I, shape.E = f.E, shape.K = f.K;
+          expect_strided_rows_are_right(rng, packed, shape, most_neurons(bank, f.K),
+                                        pools.of(threads));
+          if (::testing::Test::HasFatalFailure()) return;
+        }
+  }
+}
+
 /// Routed and shared experts in one call, in exactly as much memory as that asks for.
 void expect_shared_experts_are_right(std::mt19937& rng, const FfnKind& kind, const FfnShape& s,
-                                     WeightType type, const ParallelFor& parallel) {
+                                     WeightType type, WeightType shared_type,
+                                     const ParallelFor& parallel) {
   const ExpertBank bank = random_bank(rng, kind, s);
   const Routing routing = random_routing(rng, s);
   const std::int64_t T = s.T, D = s.D, width = pick(rng, 1, 130);
   const DenseFfn slice = random_dense(rng, D, width, kind.gated, kind.biases, kind.activation);
-  const PackedExperts packed(bank, type), shared(slice.view(), type);
-  const OwnedMatrix x =
-      type == WeightType::kBF16 ? random_bf16_matrix(rng, T, D) : random_matrix(rng, T, D);
+  const PackedExperts packed(bank, type), shared(slice.view(), shared_type);
+  const bool rounds = type == WeightType::kBF16 || shared_type == WeightType::kBF16;
+  const OwnedMatrix x = rounds ? random_bf16_matrix(rng, T, D) : random_matrix(rng, T, D);
   OwnedMatrix actual = random_matrix(rng, T, D), expected = actual, magnitude = actual;
   OwnedMatrix magnitude_of_shared = actual;
   moe_ffn_reference(packed.unpack(), routing, 1.5f, x.view(), expected.view(), magnitude.view());
@@ -316,7 +367,8 @@ void expect_shared_experts_are_right(std::mt19937& rng, const FfnKind& kind, con
   Workspace workspace(std::span<std::byte>(memory).subspan(offset, memory.size() - 64));
   moe_ffn(packed, routing, 1.5f, shared, x.view(), actual.view(), workspace, parallel);
   const std::int64_t neurons = most_neurons(bank, routing.experts_per_token) + width;
-  expect_near(actual, expected, magnitude, ffn_bound(D, neurons) + hidden_bound(type));
+  expect_near(actual, expected, magnitude,
+              ffn_bound(D, neurons) + hidden_bound(rounds ? WeightType::kBF16 : type));
 }
 
 TEST(PackedMoeFfn, RunsSharedExpertsBesideTheOthers) {
@@ -329,7 +381,9 @@ TEST(PackedMoeFfn, RunsSharedExpertsBesideTheOthers) {
         const FfnShape shape = draw_shape(rng);
         SCOPED_TRACE(
             fmt::format("seed={} {} {}", seed, weight_type_name(type), describe(kind, shape)));
-        expect_shared_experts_are_right(rng, kind, shape, type, pools.of(shape.threads));
+        const WeightType other = kWeightTypes[pick(rng, 0, std::ssize(kWeightTypes) - 1)];
+        expect_shared_experts_are_right(rng, kind, shape, type, round == 0 ? other : type,
+                                        pools.of(shape.threads));
         if (::testing::Test::HasFatalFailure()) return;
       }
 }
