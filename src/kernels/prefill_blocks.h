@@ -7,8 +7,8 @@
 #include "kernels/dispatch.h"
 #include "kernels/packed_format.h"
 
-// Blocks of packed weights times several rows, for FFNs and linear layers: as floats, or as bfloat16
-// pairs where the machine multiplies them.
+// Blocks of packed weights times several rows, for FFNs and linear layers: as floats, or as
+// bfloat16 pairs where the machine multiplies them.
 namespace cleave {
 
 /// One panel or two of the same steps, packed.
