@@ -280,10 +280,10 @@ void add_convert_command(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1.0));
   command
-      ->add_option(
-          "--rare-tokens", options->rare_tokens,
-          "With --active-share: calibration windows for the first layer alone, with tokens "
-          "that the text lacks, as a share of the text's windows, 0.4 say; 0: none")
+      ->add_option("--rare-tokens", options->rare_tokens,
+                   "With --active-share: calibration windows for the first eighth of the layers, "
+                   "with tokens "
+                   "that the text lacks, as a share of the text's windows, 0.4 say; 0: none")
       ->capture_default_str()
       ->check(CLI::Range(0.0, 1.0));
   command
