@@ -58,6 +58,8 @@ struct ModelConfig {
   std::vector<std::int32_t> eos_token_ids;
   std::optional<std::int32_t> pad_token_id;
   DType dtype = DType::kF32;  ///< what the checkpoint stores its matrices in
+  bool causal = true;         ///< a token sees those before it; false: all of its window (encoders)
+  bool has_head = true;       ///< hidden states become logits; false: they are the result
 
   bool is_moe() const { return num_experts > 0; }
   /// Shared neurons of a layer without padding.
