@@ -123,9 +123,13 @@ class Attention {
                ? std::max<std::int64_t>(0, position - shape_.sliding_window + 1)
                : 0;
   }
+  // One after the last.
+  std::int64_t end_key(std::int64_t position) const {
+    return shape_.causal ? position + 1 : tokens_;
+  }
   std::int64_t position(std::int64_t query) const { return past_ + query; }
   std::int64_t visible_keys(std::int64_t first, std::int64_t count) const {
-    return position(first + count) - first_key(position(first));
+    return end_key(position(first + count - 1)) - first_key(position(first));
   }
 
   // Later queries see more keys. Blocks from the two ends in turn: any range of them costs about
@@ -136,10 +140,10 @@ class Attention {
     Item item{i / splits_ / blocks_, b * queries_, std::min(queries_, q_.rows - b * queries_), 0,
               0};
     const std::int64_t from = first_key(position(item.first)) / kPanelWidth;
-    const std::int64_t to = (position(item.first + item.count) + kPanelWidth - 1) / kPanelWidth;
+    const std::int64_t end = end_key(position(item.first + item.count - 1));
+    const std::int64_t to = (end + kPanelWidth - 1) / kPanelWidth;
     item.key_begin = (from + (to - from) * split / splits_) * kPanelWidth;
-    item.key_end = std::min(position(item.first + item.count),
-                            (from + (to - from) * (split + 1) / splits_) * kPanelWidth);
+    item.key_end = std::min(end, (from + (to - from) * (split + 1) / splits_) * kPanelWidth);
     return item;
   }
 
@@ -178,7 +182,7 @@ class Attention {
     const std::int64_t rows = std::min<std::int64_t>(kTileRows, all - row);
     const std::int64_t last = position(item.first + (row + rows - 1) / group_);
     const std::int64_t from = first_key(position(item.first + row / group_));
-    key_end = std::min(key_end, last + 1);
+    key_end = std::min(key_end, end_key(last));
     if (key >= key_end || from >= key_end) return;
     const float* block =
         cache_ + item.kv_head * layout_.head_size() + key / kKeyBlock * layout_.block_size();
@@ -186,7 +190,7 @@ class Attention {
     score(block + first * shape_.head_dim, count, queries, tile, all, scores);
     for (std::int64_t r = 0; r < rows; ++r) {
       const std::int64_t at = position(item.first + (row + r) / group_);
-      mask(first_key(at) - key, at + 1 - key, count, scores + r * kTileStride);
+      mask(first_key(at) - key, end_key(at) - key, count, scores + r * kTileStride);
       const float factor =
           rows_isa_.softmax_block(scores + r * kTileStride, count, result.states + row + r);
       if (factor != 1.0f) isa_.scale(factor, result.context + (row + r) * width_, width_);

@@ -33,6 +33,7 @@ struct AttentionShape {
   std::int64_t num_kv_heads = 0;  ///< divides num_heads
   std::int64_t head_dim = 0;
   std::int64_t sliding_window = 0;  ///< a token sees itself and the window - 1 before; 0: all
+  bool causal = true;               ///< false: a token sees all tokens, without a sliding window
 };
 
 /// How one layer's cache lies in memory: per key/value head blocks of kKeyBlock tokens; in a block
@@ -57,7 +58,8 @@ struct KvLayout {
 void store_keys_and_values(const KvLayout& layout, MatrixView<const float> keys,
                            MatrixView<const float> values, std::int64_t position, float* cache);
 
-/// Causal grouped-query attention: out[t, h] = softmax(q[t, h] k[:, kv(h)]^T) v[:, kv(h)].
+/// Grouped-query attention: out[t, h] = softmax(q[t, h] k[:, kv(h)]^T) v[:, kv(h)], over the tokens
+/// that `shape` lets t see.
 ///   q [T, num_heads * head_dim]   rotated, and scaled by 1 / sqrt(head_dim)
 ///   cache                         holds `tokens` tokens; the last T are those of q
 ///   out [T, num_heads * head_dim] overwritten; must not overlap the others

@@ -30,6 +30,11 @@ constexpr const char* kCompanionFiles[] = {"tokenizer_config.json",
                                            "chat_template.jinja",
                                            "chat_template.json",
                                            "generation_config.json",
+                                           "vocab.txt",
+                                           "modules.json",
+                                           "sentence_bert_config.json",
+                                           "config_sentence_transformers.json",
+                                           "1_Pooling/config.json",
                                            "LICENSE",
                                            "LICENSE.txt",
                                            "LICENSE.md",
@@ -72,7 +77,8 @@ ModelFiles open_files(const fs::path& path) {
 DType matrix_dtype(const std::vector<TensorInfo>& infos, DType otherwise) {
   std::map<DType, std::int64_t> elements;
   for (const TensorInfo& info : infos)
-    if (info.shape.size() >= 2 && info.name.starts_with("model.layers."))
+    if (info.shape.size() >= 2 &&
+        (info.name.starts_with("model.layers.") || info.name.starts_with("encoder.layer.")))
       elements[info.dtype] += info.num_elements();
   const auto most =
       std::max_element(elements.begin(), elements.end(),

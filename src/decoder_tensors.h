@@ -9,14 +9,45 @@
 
 namespace cleave {
 
+/// HuggingFace names of the parts of a layer, without ".weight" and ".bias".
+struct LayerNames {
+  LayerNames(const ModelConfig& config, std::int64_t layer);
+  std::string input_norm;  ///< of what attention reads; NormPlace::kAfter: of the layer's input,
+                           ///< which is the embedding or what the layer before gave
+  std::string q, k, v, output;
+  std::string post_norm;       ///< of what the FFN reads
+  std::string gate, up, down;  ///< of a dense FFN; `gate` is empty without one
+};
+
+/// Names of the parts outside of layers, in the same way.
+struct ModelNames {
+  explicit ModelNames(const ModelConfig& config);
+  std::string embedding;
+  std::string positions, token_types;  ///< empty without
+  std::string final_norm;
+  std::string head;  ///< empty without
+};
+
+/// Names of an encoder's tensors with experts: the experts of a layer are fused, as Granite's are.
+struct BertMoeNames {
+  static std::string router(std::int64_t layer);             ///< [E, D]
+  static std::string input(std::int64_t layer);              ///< up [E, I, D]
+  static std::string input_bias(std::int64_t layer);         ///< [E, I]
+  static std::string output(std::int64_t layer);             ///< down [E, D, I]
+  static std::string output_bias(std::int64_t layer);        ///< [D], of the FFN as a whole
+  static std::string shared_input(std::int64_t layer);       ///< up [S I, D]
+  static std::string shared_input_bias(std::int64_t layer);  ///< [S I]
+  static std::string shared_output(std::int64_t layer);      ///< down [D, S I]
+};
+
 /// A tensor a model must have.
 struct ExpectedTensor {
   std::string name;
   std::vector<std::int64_t> shape;
 };
 
-/// Every tensor of a model of this configuration, in HuggingFace names; lm_head only where it is
-/// not tied.
+/// Every tensor of a model of this configuration, in HuggingFace names; lm_head only where there is
+/// one that is not tied.
 std::vector<ExpectedTensor> decoder_tensors(const ModelConfig& config);
 
 /// "[576, 1536]", for messages.

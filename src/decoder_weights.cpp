@@ -17,16 +17,17 @@ namespace cleave {
 
 DecoderPacker::DecoderPacker(const Checkpoint& checkpoint, WeightType type,
                              const ParallelFor& parallel)
-    : source_(checkpoint), c_(checkpoint.config()), type_(type), parallel_(parallel) {
+    : source_(checkpoint), c_(checkpoint.config()), names_(c_), type_(type), parallel_(parallel) {
   check_decoder_tensors(c_, source_.tensors(), source_.path().string());
 }
 
 DecoderWeights DecoderPacker::all() const {
   DecoderWeights weights;
   weights.embedding = embedding();
+  weights.positions = positions();
   for (std::int64_t l = 0; l < c_.num_layers; ++l) weights.layers.push_back(layer(l));
   weights.final_norm = final_norm();
-  weights.head = c_.tie_word_embeddings ? weights.embedding : head();
+  if (c_.has_head) weights.head = c_.tie_word_embeddings ? weights.embedding : head();
   trim_weights();
   return weights;
 }
@@ -35,6 +36,22 @@ std::vector<float> DecoderPacker::floats(const std::string& name) const {
   std::vector<float> values = source_.read(name);
   source_.release(name);
   return values;
+}
+
+NormWeights DecoderPacker::norm(const std::string& name) const {
+  return {floats(name + ".weight"), c_.layer_norm ? floats(name + ".bias") : std::vector<float>()};
+}
+
+std::vector<float> DecoderPacker::positions() const {
+  if (c_.rotary) return {};
+  std::vector<float> rows = floats(names_.positions + ".weight");
+  if (c_.type_vocab_size == 0) return rows;
+  const std::int64_t D = c_.hidden_size;
+  std::vector<float> type(static_cast<std::size_t>(D));
+  source_.read_rows(names_.token_types + ".weight", 0, {type.data(), 1, D});
+  for (std::int64_t p = 0; p < c_.max_position_embeddings; ++p)
+    for (std::int64_t d = 0; d < D; ++d) rows[p * D + d] += type[d];
+  return rows;
 }
 
 PackedLinear DecoderPacker::linear(const std::string& name, WeightType type) const {
@@ -65,25 +82,26 @@ PackedLinear DecoderPacker::stacked(const std::vector<std::string>& names) const
 }
 
 LayerWeights DecoderPacker::layer(std::int64_t l) const {
-  const std::string prefix = fmt::format("model.layers.{}.", l);
-  const std::string attention = prefix + "self_attn.";
+  const LayerNames names(c_, l);
   LayerWeights w;
-  w.input_norm = floats(prefix + "input_layernorm.weight");
-  w.post_norm = floats(prefix + "post_attention_layernorm.weight");
+  w.input_norm = norm(names.input_norm);
+  w.post_norm = norm(names.post_norm);
   // One matrix: q, k and v are products of the same input.
-  std::vector<std::string> names;
-  for (const char* name : {"q_proj", "k_proj", "v_proj"}) {
-    names.push_back(attention + name + ".weight");
-    if (c_.attention_bias) append(attention + name + ".bias", w.qkv_bias);
+  std::vector<std::string> matrices;
+  for (const std::string& name : {names.q, names.k, names.v}) {
+    matrices.push_back(name + ".weight");
+    if (c_.attention_bias) append(name + ".bias", w.qkv_bias);
   }
-  w.qkv = stacked(names);
-  w.output = linear(attention + "o_proj.weight", type_);
-  if (c_.attention_bias) w.output_bias = floats(attention + "o_proj.bias");
-  if (c_.is_moe())
+  w.qkv = stacked(matrices);
+  w.output = linear(names.output + ".weight", type_);
+  if (c_.attention_bias) w.output_bias = floats(names.output + ".bias");
+  if (!c_.is_moe())
+    w.ffn = c_.gated_ffn ? dense_ffn(names) : dense_ffn_without_gate(names);
+  else if (!c_.gated_ffn)
+    w.ffn = pack(bert_moe_layer(l), type_, parallel_);
+  else
     w.ffn =
         pack(has_fused_experts(c_.family) ? fused_moe_layer(l) : moe_layer(l), type_, parallel_);
-  else
-    w.ffn = dense_ffn(prefix + "mlp.");
   release_all();
   return w;
 }
@@ -94,14 +112,14 @@ void DecoderPacker::release_all() const {
   for (const TensorInfo& tensor : source_.tensors()) source_.release(tensor.name);
 }
 
-PackedExperts DecoderPacker::dense_ffn(const std::string& prefix) const {
-  const auto bias = [&](const char* name) {
-    return c_.mlp_bias ? floats(prefix + name + ".bias") : std::vector<float>();
+PackedExperts DecoderPacker::dense_ffn(const LayerNames& names) const {
+  const auto bias = [&](const std::string& name) {
+    return c_.mlp_bias ? floats(name + ".bias") : std::vector<float>();
   };
-  const std::string gate = prefix + "gate_proj.weight", up = prefix + "up_proj.weight";
-  const std::vector<float> down = floats(prefix + "down_proj.weight");
-  const std::vector<float> gate_bias = bias("gate_proj"), up_bias = bias("up_proj");
-  const std::vector<float> down_bias = bias("down_proj");
+  const std::string gate = names.gate + ".weight", up = names.up + ".weight";
+  const std::vector<float> down = floats(names.down + ".weight");
+  const std::vector<float> gate_bias = bias(names.gate), up_bias = bias(names.up);
+  const std::vector<float> down_bias = bias(names.down);
   FfnRows rows;
   rows.gate = [&](std::int64_t first, MatrixView<float> out) {
     source_.read_rows(gate, first, out);
@@ -116,6 +134,22 @@ PackedExperts DecoderPacker::dense_ffn(const std::string& prefix) const {
   source_.release(gate);
   source_.release(up);
   return packed;
+}
+
+PackedExperts DecoderPacker::dense_ffn_without_gate(const LayerNames& names) const {
+  const auto bias = [&](const std::string& name) {
+    return c_.mlp_bias ? floats(name + ".bias") : std::vector<float>();
+  };
+  const std::int64_t H = c_.intermediate_size, D = c_.hidden_size;
+  const std::vector<float> up = floats(names.up + ".weight"), down = floats(names.down + ".weight");
+  const std::vector<float> up_bias = bias(names.up), down_bias = bias(names.down);
+  FfnView ffn;
+  ffn.up = {up.data(), H, D};
+  ffn.down = {down.data(), D, H};
+  ffn.up_bias = up_bias;
+  ffn.down_bias = down_bias;
+  ffn.activation = c_.activation;
+  return PackedExperts(ffn, type_, parallel_);
 }
 
 namespace {
@@ -169,6 +203,30 @@ MoeLayer DecoderPacker::fused_moe_layer(std::int64_t l) const {
     layer.shared = fused_bank(GraniteMoeNames::shared_input(l), GraniteMoeNames::shared_output(l),
                               1, c_.shared_width(l));
   layer.router = {E, c_.hidden_size, floats(GraniteMoeNames::router(l))};
+  layer.experts_per_token = c_.experts_per_token;
+  return layer;
+}
+
+MoeLayer DecoderPacker::bert_moe_layer(std::int64_t l) const {
+  const std::int64_t D = c_.hidden_size;
+  const auto bank = [&](std::int64_t E, std::int64_t I, const std::string& up,
+                        const std::string& up_bias, const std::string& down_name) {
+    ExpertBank made = empty_bank(E, I, D, c_.activation);
+    made.up = floats(up);
+    made.up_bias = floats(up_bias);
+    const std::vector<float> down = floats(down_name);
+    for (std::int64_t e = 0; e < E; ++e)
+      transpose_down(down.data() + e * D * I, D, I, I, made.down_t.data() + e * I * D);
+    return made;
+  };
+  MoeLayer layer;
+  layer.experts = bank(c_.num_experts, c_.intermediate_size, BertMoeNames::input(l),
+                       BertMoeNames::input_bias(l), BertMoeNames::output(l));
+  layer.experts.down_bias = floats(BertMoeNames::output_bias(l));
+  if (c_.shared_width(l) > 0)
+    layer.shared = bank(1, c_.shared_width(l), BertMoeNames::shared_input(l),
+                        BertMoeNames::shared_input_bias(l), BertMoeNames::shared_output(l));
+  layer.router = {c_.num_experts, D, floats(BertMoeNames::router(l))};
   layer.experts_per_token = c_.experts_per_token;
   return layer;
 }

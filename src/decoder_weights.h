@@ -10,6 +10,7 @@
 #include "cleave/model.h"
 #include "cleave/moe_layer.h"
 #include "cleave/packed.h"
+#include "decoder_tensors.h"
 
 namespace cleave {
 
@@ -23,14 +24,21 @@ struct PackedMoe {
   PackedExperts shared;  ///< one expert, or none
 };
 
-/// Weights of one decoder layer. Row order and shapes as in HuggingFace checkpoints.
+/// RMSNorm, or LayerNorm where there is a bias.
+struct NormWeights {
+  std::vector<float> weight;  ///< [D]
+  std::vector<float> bias;    ///< [D], or empty
+};
+
+/// Weights of one layer. Row order and shapes as in HuggingFace checkpoints; norms as LayerNames
+/// has them.
 struct LayerWeights {
-  std::vector<float> input_norm;   ///< [D]
+  NormWeights input_norm;
   PackedLinear qkv;                ///< [(num_heads + 2 num_kv_heads) * head_dim, D]: q, k, v
   std::vector<float> qkv_bias;     ///< as many, or empty
   PackedLinear output;             ///< [D, num_heads * head_dim]
   std::vector<float> output_bias;  ///< [D], or empty
-  std::vector<float> post_norm;    ///< [D]
+  NormWeights post_norm;
   std::variant<PackedExperts, PackedMoe> ffn;
 };
 
@@ -50,34 +58,41 @@ inline WeightType router_weight_type(WeightType type) {
 
 struct DecoderWeights {
   PackedLinear embedding;  ///< [V, D]
+  /// [max_position_embeddings, D], what each position adds to it, token type 0 included; or empty.
+  std::vector<float> positions;
   std::vector<LayerWeights> layers;
-  std::vector<float> final_norm;  ///< [D]
-  PackedLinear head;              ///< [V, D]; where it is tied, the embedding's own weights
+  NormWeights final_norm;
+  PackedLinear head;  ///< [V, D]; where it is tied, the embedding's own weights; or empty
 };
 
 PackedMoe pack(const MoeLayer& layer, WeightType type, const ParallelFor& parallel);
 
 /// Reads a checkpoint's tensors and packs them, a part of the decoder at a time. What was read is
 /// given back to the system: besides the packed weights, one layer's `down` is in memory as
-/// float32, or one layer's experts.
+/// float32 (without a gate `up` as well), or one layer's experts.
 class DecoderPacker {
  public:
   /// @throws FileError  a tensor is missing or has the wrong shape; reading one: it holds NaN
   DecoderPacker(const Checkpoint& checkpoint, WeightType type, const ParallelFor& parallel);
 
-  PackedLinear embedding() const { return linear("model.embed_tokens.weight", vocabulary_type()); }
+  PackedLinear embedding() const { return linear(names_.embedding + ".weight", vocabulary_type()); }
+  /// DecoderWeights::positions.
+  std::vector<float> positions() const;
   LayerWeights layer(std::int64_t l) const;
-  std::vector<float> final_norm() const { return floats("model.norm.weight"); }
-  /// Only where it is not tied to the embedding.
-  PackedLinear head() const { return linear("lm_head.weight", vocabulary_type()); }
+  NormWeights final_norm() const { return norm(names_.final_norm); }
+  /// Only where there is one that is not tied to the embedding.
+  PackedLinear head() const { return linear(names_.head + ".weight", vocabulary_type()); }
   DecoderWeights all() const;
 
  private:
   WeightType vocabulary_type() const { return vocabulary_weight_type(type_); }
   std::vector<float> floats(const std::string& name) const;
+  NormWeights norm(const std::string& name) const;
   PackedLinear linear(const std::string& name, WeightType type) const;
   PackedLinear stacked(const std::vector<std::string>& names) const;
-  PackedExperts dense_ffn(const std::string& prefix) const;
+  PackedExperts dense_ffn(const LayerNames& names) const;
+  PackedExperts dense_ffn_without_gate(const LayerNames& names) const;
+  MoeLayer bert_moe_layer(std::int64_t l) const;
   MoeLayer moe_layer(std::int64_t l) const;
   MoeLayer fused_moe_layer(std::int64_t l) const;
   ExpertBank fused_bank(const std::string& input, const std::string& output,
@@ -87,6 +102,7 @@ class DecoderPacker {
 
   const Checkpoint& source_;
   const ModelConfig& c_;
+  ModelNames names_;
   WeightType type_;
   const ParallelFor& parallel_;
 };

@@ -29,6 +29,10 @@ void run(Model& model, std::span<const std::int32_t> tokens, KvCache& cache,
 std::vector<std::int32_t> generate(Model& model, std::span<const std::int32_t> prompt,
                                    const GenerateSpec& spec,
                                    const std::function<bool(std::int32_t)>& on_token) {
+  if (!model.config().causal || !model.config().has_head)
+    fail_argument(
+        "generate: the model is an encoder: it sees whole windows and gives hidden states, not the "
+        "next token");
   if (prompt.empty())
     fail_argument(
         "generate: the prompt is empty; give at least one token (a BOS, if the model has one)");

@@ -54,12 +54,16 @@ Model::Impl::Impl(const Checkpoint& checkpoint, const ModelSpec& spec)
   if (std::filesystem::is_directory(checkpoint.path(), ignored)) directory = checkpoint.path();
 }
 
-void Model::Impl::norm(MatrixView<const float> x, const std::vector<float>& weight,
-                       MatrixView<float> y) {
+void Model::Impl::norm(MatrixView<const float> x, const NormWeights& weights, MatrixView<float> y) {
+  const auto eps = static_cast<float>(config.rms_norm_eps);
+  const float *weight = weights.weight.data(), *bias = weights.bias.data();
   pool.parallel_for()(x.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t)
-      isa_kernels().rms_norm(x.row(t), weight.data(), static_cast<float>(config.rms_norm_eps),
-                             y.row(t), x.cols);
+    for (std::int64_t t = begin; t < end; ++t) {
+      if (config.layer_norm)
+        isa_kernels().layer_norm(x.row(t), weight, bias, eps, y.row(t), x.cols);
+      else
+        isa_kernels().rms_norm(x.row(t), weight, eps, y.row(t), x.cols);
+    }
   });
 }
 
@@ -75,9 +79,13 @@ void Model::Impl::rotate_and_store(const ForwardRoom& room, std::int64_t positio
   const float q_factor = 1.0f / std::sqrt(static_cast<float>(d));
   pool.parallel_for()(room.qkv.rows, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t) {
-      const float *cosine = room.cosine.row(t), *sine = room.sine.row(t);
       float* q = room.qkv.row(t);
       float* k = q + query_width();
+      if (!config.rotary) {
+        isa_kernels().scale(q_factor, q, query_width());
+        continue;
+      }
+      const float *cosine = room.cosine.row(t), *sine = room.sine.row(t);
       for (std::int64_t h = 0; h < config.num_heads; ++h)
         Rope::rotate(cosine, sine, q_factor, d, q + h * d);
       for (std::int64_t h = 0; h < config.num_kv_heads; ++h)
@@ -98,7 +106,8 @@ void Model::Impl::attend(const LayerWeights& w, const ForwardRoom& room,
   for (const auto& [rows, position, layout, cache] : sequences) {
     const ForwardRoom own = room.rows(first, rows);
     rotate_and_store(own, position, layout, cache);
-    attention({config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window},
+    attention({config.num_heads, config.num_kv_heads, config.head_dim, config.sliding_window,
+               config.causal},
               {own.qkv.data, rows, query_width(), own.qkv.row_stride}, layout, cache,
               position + rows, own.context, workspace, pool.parallel_for());
     first += rows;
@@ -184,21 +193,37 @@ void Model::check_cache(const char* function, const KvCache& cache, std::int64_t
     fail_argument("{}: the cache was made for a model of another shape", function);
 }
 
+void Model::Impl::check_window(const char* function, std::int64_t past, std::int64_t tokens) const {
+  if (!config.causal && past > 0)
+    fail_argument(
+        "{}: the cache holds {} tokens, but a token of this model (an encoder) sees its whole "
+        "window, which is one call; clear() the cache before it",
+        function, past);
+  if (!config.rotary && past + tokens > config.max_position_embeddings)
+    fail_argument("{}: {} tokens; the model has positions for {}; give shorter windows", function,
+                  past + tokens, config.max_position_embeddings);
+}
+
 void Model::embed(std::span<const std::int32_t> tokens, MatrixView<float> x) const {
   const ModelConfig& c = impl_->config;
   const auto T = static_cast<std::int64_t>(tokens.size());
   if (x.rows != T || x.cols != c.hidden_size)
     fail_argument("Model::embed: x is [{}, {}]; expected [T, D] = [{}, {}]", x.rows, x.cols, T,
                   c.hidden_size);
+  impl_->check_window("Model::embed", 0, T);
   for (std::int64_t t = 0; t < T; ++t)
     if (tokens[t] < 0 || tokens[t] >= c.vocab_size)
       fail_argument(
           "Model: token {} has id {}; expected 0 to {}; was the text encoded with another "
           "tokenizer?",
           t, tokens[t], c.vocab_size - 1);
+  const std::vector<float>& positions = impl_->weights.positions;
   parallel()(T, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t)
+    for (std::int64_t t = begin; t < end; ++t) {
       impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
+      if (!positions.empty())
+        isa_kernels().add(positions.data() + t * c.hidden_size, x.row(t), c.hidden_size);
+    }
   });
 }
 
@@ -213,12 +238,15 @@ void Model::attend(std::int64_t layer, KvCache& cache, MatrixView<float> x,
   check_cache("Model::attend", cache, 0, T);
   if (T == 0) return;
   ForwardRoom room(c, T, impl_->forward_memory);
+  const bool in_place = c.norm_place == NormPlace::kAfter;
   room.x = x;
+  if (in_place) room.normed = x;
   for (std::int64_t t = 0; t < T; ++t) impl_->rope.angles(t, room.cosine.row(t), room.sine.row(t));
   impl_->norm(x, w.input_norm, room.normed);
   const Impl::Sequence window{T, 0, kv_layout(c, cache.capacity_), cache.layer(layer)};
   impl_->attend(w, room, {&window, 1});
-  impl_->norm(x, w.post_norm, normed);
+  impl_->norm(x, w.post_norm, in_place ? x : normed);
+  for (std::int64_t t = 0; in_place && t < T; ++t) std::copy_n(x.row(t), D, normed.row(t));
 }
 
 void Model::finish(MatrixView<const float> x, MatrixView<float> hidden) {
@@ -237,6 +265,7 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
   if (hidden.rows != T || hidden.cols != D)
     fail_argument("Model::forward: hidden is [{}, {}]; expected [T, D] = [{}, {}]", hidden.rows,
                   hidden.cols, T, D);
+  impl_->check_window("Model::forward", position, T);
   check_cache("Model::forward", cache, position, T);
   const KvLayout layout = kv_layout(c, cache.capacity_);
 
@@ -256,6 +285,10 @@ void Model::forward_step(std::span<const std::int32_t> tokens, std::span<KvCache
                          MatrixView<float> hidden) {
   const ModelConfig& c = impl_->config;
   const auto B = static_cast<std::int64_t>(tokens.size());
+  if (!c.causal)
+    fail_argument(
+        "Model::forward_step: a token of this model (an encoder) sees its whole window, so it "
+        "cannot go on token by token; use forward()");
   if (caches.size() != tokens.size() || hidden.rows != B || hidden.cols != c.hidden_size)
     fail_argument(
         "Model::forward_step: {} tokens, {} caches and hidden [{}, {}]; expected a cache for each "
@@ -287,6 +320,10 @@ void Model::forward_step(std::span<const std::int32_t> tokens, std::span<KvCache
 
 void Model::logits(MatrixView<const float> hidden, MatrixView<float> out) {
   const ModelConfig& c = impl_->config;
+  if (!c.has_head)
+    fail_argument(
+        "Model::logits: the model (an encoder) has no head; its result are the hidden states of "
+        "forward()");
   if (hidden.cols != c.hidden_size || out.rows != hidden.rows || out.cols != c.vocab_size)
     fail_argument(
         "Model::logits: hidden is [{}, {}] and out [{}, {}]; expected [T, {}] and [T, {}]",

@@ -1,5 +1,6 @@
 #include "cleave/model_config.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <limits>
@@ -12,29 +13,33 @@ namespace cleave {
 namespace {
 
 constexpr const char* kSupportedFamilies =
-    "llama, mistral, mixtral, granitemoe and granitemoeshared";
+    "llama, mistral, mixtral, granitemoe, granitemoeshared, bert and cleave_bert_moe";
 
 /// What Transformers assumes for a key that config.json leaves out; the classes differ.
 struct FamilyDefaults {
   Family family;
   const char* model_type;
-  const char* architecture;
+  const char* architecture;                  // nullptr: any
   std::optional<std::int64_t> num_kv_heads;  // unset: num_heads
   std::int64_t max_position_embeddings;
   double rms_norm_eps;
   double rope_theta;
   std::int64_t sliding_window;
 };
-constexpr std::array<FamilyDefaults, 5> kFamilies = {{
+constexpr std::array<FamilyDefaults, 7> kFamilies = {{
     {Family::kLlama, "llama", "LlamaForCausalLM", std::nullopt, 2048, 1e-6, 1e4, 0},
     {Family::kMistral, "mistral", "MistralForCausalLM", 8, 131072, 1e-6, 1e4, 4096},
     {Family::kMixtral, "mixtral", "MixtralForCausalLM", 8, 131072, 1e-5, 1e6, 0},
     {Family::kGraniteMoe, "granitemoe", "GraniteMoeForCausalLM", std::nullopt, 2048, 1e-6, 1e4, 0},
     {Family::kGraniteMoeShared, "granitemoeshared", "GraniteMoeSharedForCausalLM", std::nullopt,
      2048, 1e-6, 1e4, 0},
+    {Family::kBert, "bert", nullptr, std::nullopt, 512, 1e-12, 1e4, 0},
+    {Family::kBertMoe, "cleave_bert_moe", "CleaveBertMoeModel", std::nullopt, 512, 1e-12, 1e4, 0},
 }};
 
-bool has_experts(Family family) { return family == Family::kMixtral || has_fused_experts(family); }
+bool has_experts(Family family) {
+  return family == Family::kMixtral || family == Family::kBertMoe || has_fused_experts(family);
+}
 
 const FamilyDefaults& read_family(const JsonReader& json) {
   const auto model_type = json.string("model_type");
@@ -47,10 +52,10 @@ const FamilyDefaults& read_family(const JsonReader& json) {
             kSupportedFamilies);
 }
 
-/// A classifier or a bare encoder has the right model_type but no language-model head.
+/// A classifier or a bare decoder has the right model_type but no language-model head.
 void check_architecture(const JsonReader& json, const FamilyDefaults& family) {
   const nlohmann::json* listed = json.find("architectures");
-  if (listed == nullptr) return;
+  if (listed == nullptr || family.architecture == nullptr) return;
   if (!listed->is_array()) json.fail_type("architectures", "an array of strings");
   for (const auto& name : *listed)
     if (name != family.architecture) json.fail_type("architectures", family.architecture);
@@ -62,8 +67,8 @@ std::int64_t required(const JsonReader& json, const char* key) {
   return *value;
 }
 
-Activation read_activation(const JsonReader& json) {
-  const std::string name = json.string("hidden_act").value_or("silu");
+Activation read_activation(const JsonReader& json, Family family) {
+  const std::string name = json.string("hidden_act").value_or(is_bert(family) ? "gelu" : "silu");
   if (name == "swish") return Activation::kSilu;
   if (name == "gelu_new") return Activation::kGeluTanh;
   for (const auto candidate : {Activation::kSilu, Activation::kGelu, Activation::kGeluTanh,
@@ -146,6 +151,26 @@ DType read_dtype(const JsonReader& json) {
   json.fail_type(key, "float32, float16 or bfloat16");
 }
 
+/// `shared_intermediate_size` of an encoder: a number, or one a layer.
+void read_shared_widths(const JsonReader& json, ModelConfig& config) {
+  const char* key = "shared_intermediate_size";
+  const nlohmann::json* value = json.find(key);
+  if (value == nullptr || !value->is_array()) {
+    config.shared_intermediate_size = json.integer(key).value_or(0);
+    return;
+  }
+  for (const auto& width : *value) {
+    if (!width.is_number_unsigned() || width >= std::uint64_t{1} << 31)
+      json.fail_type(key, "a number of neurons, or one for each layer");
+    config.shared_widths.push_back(width.get<std::int64_t>());
+  }
+  if (static_cast<std::int64_t>(config.shared_widths.size()) != config.num_layers)
+    fail_file("{}: {} names {} layers; the model has {}", json.origin(), key,
+              config.shared_widths.size(), config.num_layers);
+  for (const std::int64_t width : config.shared_widths)
+    config.shared_intermediate_size = std::max(config.shared_intermediate_size, width);
+}
+
 void read_shapes(const JsonReader& json, const FamilyDefaults& family, ModelConfig& config) {
   config.vocab_size = required(json, "vocab_size");
   config.hidden_size = required(json, "hidden_size");
@@ -167,11 +192,15 @@ void read_shapes(const JsonReader& json, const FamilyDefaults& family, ModelConf
     config.head_dim = config.hidden_size / config.num_heads;
   }
   if (!has_experts(config.family)) return;
-  config.num_experts = json.integer("num_local_experts").value_or(8);
-  config.experts_per_token = json.integer("num_experts_per_tok").value_or(2);
+  const bool stock = config.family != Family::kBertMoe;  // ours says it
+  config.num_experts =
+      stock ? json.integer("num_local_experts").value_or(8) : required(json, "num_local_experts");
+  config.experts_per_token = stock ? json.integer("num_experts_per_tok").value_or(2)
+                                   : required(json, "num_experts_per_tok");
   if (config.num_experts < 1)
     fail_file("{}: num_local_experts is {}; expected at least 1", json.origin(),
               config.num_experts);
+  if (config.family == Family::kBertMoe) read_shared_widths(json, config);
   // Required, because its default differs between versions of Transformers (1024, then 0).
   if (config.family == Family::kGraniteMoeShared)
     config.shared_intermediate_size = required(json, "shared_intermediate_size");
@@ -194,7 +223,26 @@ void check_granite_multipliers(const JsonReader& json, const ModelConfig& config
     json.fail_type("position_embedding_type", "rope");
 }
 
+/// What sets a BERT apart from the decoders.
+void read_bert(const JsonReader& json, ModelConfig& config) {
+  if (json.string("position_embedding_type").value_or("absolute") != "absolute")
+    json.fail_type("position_embedding_type", "absolute (relative positions are not supported)");
+  for (const char* key : {"is_decoder", "add_cross_attention"})
+    if (json.boolean(key).value_or(false))
+      json.fail_type(key, "false (of BERTs only encoders are supported)");
+  config.rms_norm_eps = json.number("layer_norm_eps").value_or(config.rms_norm_eps);
+  config.type_vocab_size = json.integer("type_vocab_size").value_or(2);
+  config.attention_bias = config.mlp_bias = true;
+  config.causal = config.has_head = config.gated_ffn = config.rotary = false;
+  config.tie_word_embeddings = false;  // says something about a head
+  config.sliding_window = 0;
+  config.layer_norm = true;
+  config.norm_place = NormPlace::kAfter;
+}
+
 }  // namespace
+
+bool is_bert(Family family) { return family == Family::kBert || family == Family::kBertMoe; }
 
 bool has_fused_experts(Family family) {
   return family == Family::kGraniteMoe || family == Family::kGraniteMoeShared;
@@ -219,7 +267,7 @@ ModelConfig parse_model_config(const std::string& json_text, const std::string& 
   config.family = family.family;
   read_shapes(json, family, config);
   config.rms_norm_eps = json.number("rms_norm_eps").value_or(family.rms_norm_eps);
-  config.activation = read_activation(json);
+  config.activation = read_activation(json, config.family);
   config.rope = read_rope(json, family.rope_theta);
   config.tie_word_embeddings = json.boolean("tie_word_embeddings").value_or(false);
   config.attention_bias = json.boolean("attention_bias").value_or(false);
@@ -232,6 +280,7 @@ ModelConfig parse_model_config(const std::string& json_text, const std::string& 
   config.eos_token_ids = read_eos_ids(json);
   config.pad_token_id = read_token_id(json, "pad_token_id");
   config.dtype = read_dtype(json);
+  if (is_bert(config.family)) read_bert(json, config);
   check_model_config(config, origin);
   if (has_fused_experts(config.family)) check_granite_multipliers(json, config);
   return config;
@@ -243,24 +292,31 @@ ModelCost model_cost(const ModelConfig& c) {
   const std::int64_t attention_macs = 2 * c.hidden_size * (q_width + kv_width);
   const std::int64_t attention =
       attention_macs + (c.attention_bias ? q_width + 2 * kv_width + c.hidden_size : 0);
-  const std::int64_t expert_macs = 3 * c.hidden_size * c.intermediate_size;
-  const std::int64_t expert =
-      expert_macs + (c.mlp_bias ? 2 * c.intermediate_size + c.hidden_size : 0);
-  std::int64_t shared_neurons = 0;  // of all layers
+  const std::int64_t matrices = c.gated_ffn ? 3 : 2;
+  const std::int64_t expert_macs = matrices * c.hidden_size * c.intermediate_size;
+  const std::int64_t neuron_biases = c.mlp_bias ? matrices - 1 : 0;
+  const std::int64_t expert = expert_macs + neuron_biases * c.intermediate_size;
+  const std::int64_t output_bias = c.mlp_bias ? c.hidden_size : 0;  // of a layer
+  std::int64_t shared_neurons = 0;                                  // of all layers
   for (std::int64_t l = 0; l < c.num_layers; ++l) shared_neurons += c.shared_width(l);
-  const std::int64_t shared_macs = 3 * c.hidden_size * shared_neurons;
+  const std::int64_t shared_macs = matrices * c.hidden_size * shared_neurons;
+  const std::int64_t shared = shared_macs + neuron_biases * shared_neurons;
   const std::int64_t router = c.num_experts * c.hidden_size;
   const std::int64_t stored = c.is_moe() ? c.num_experts : 1;
   const std::int64_t active = c.is_moe() ? c.experts_per_token : 1;
-  const std::int64_t norms = 2 * c.hidden_size;
-  const std::int64_t head = c.vocab_size * c.hidden_size;
+  // Two a layer, and one more: of the last layer, or of the embedding.
+  const std::int64_t norms = (2 * c.num_layers + 1) * c.hidden_size * (c.layer_norm ? 2 : 1);
+  const std::int64_t embedding = c.vocab_size * c.hidden_size;
+  const std::int64_t head = c.has_head ? embedding : 0;
+  const std::int64_t positions =
+      ((c.rotary ? 0 : c.max_position_embeddings) + c.type_vocab_size) * c.hidden_size;
 
   ModelCost cost;
-  cost.ffn_parameters = c.num_layers * (stored * expert + router) + shared_macs;
-  cost.parameters = c.num_layers * (attention + norms) + cost.ffn_parameters + c.hidden_size +
-                    head * (c.tie_word_embeddings ? 1 : 2);
-  cost.active_parameters = c.num_layers * (attention + norms + active * expert + router) +
-                           shared_macs + c.hidden_size + head;
+  cost.ffn_parameters = c.num_layers * (stored * expert + output_bias + router) + shared;
+  cost.parameters = c.num_layers * attention + norms + cost.ffn_parameters + embedding + positions +
+                    (c.tie_word_embeddings ? 0 : head);
+  cost.active_parameters =
+      c.num_layers * (attention + active * expert + output_bias + router) + norms + shared + head;
   cost.ffn_macs_per_token = c.num_layers * active * expert_macs + shared_macs;
   cost.shared_macs_per_token = shared_macs;
   cost.whole_ffn_macs = c.num_layers * stored * expert_macs + shared_macs;

@@ -50,10 +50,13 @@ void check_model_config(const ModelConfig& c, const std::string& origin) {
   if (c.num_heads % c.num_kv_heads != 0)
     fail_file("{}: num_attention_heads {} is not a multiple of num_key_value_heads {}", origin,
               c.num_heads, c.num_kv_heads);
-  if (c.head_dim % 2 != 0)
+  if (c.rotary && c.head_dim % 2 != 0)
     fail_file("{}: head_dim is {}; rotary embeddings need an even number", origin, c.head_dim);
   if (!(c.rms_norm_eps > 0.0) || !std::isfinite(c.rms_norm_eps))
-    fail_file("{}: rms_norm_eps is {}; expected a positive number", origin, c.rms_norm_eps);
+    fail_file("{}: {} is {}; expected a positive number", origin,
+              c.layer_norm ? "layer_norm_eps" : "rms_norm_eps", c.rms_norm_eps);
+  if (c.type_vocab_size < 0 || c.type_vocab_size >= std::int64_t{1} << 31)
+    fail_file("{}: type_vocab_size is {}; expected a number below 2^31", origin, c.type_vocab_size);
   if (c.sliding_window < 0)
     fail_file("{}: sliding_window is {}; expected null or a positive number", origin,
               c.sliding_window);

@@ -32,7 +32,7 @@ struct ForwardRoom {
     auto* memory = reinterpret_cast<float*>(
         workspace.get(static_cast<std::size_t>(begin[std::size(sizes)]) * sizeof(float)));
     x = {memory + begin[0], T, D};
-    normed = {memory + begin[1], T, D};
+    normed = c.norm_place == NormPlace::kAfter ? x : MatrixView<float>(memory + begin[1], T, D);
     branch = {memory + begin[2], T, D};
     qkv = {memory + begin[3], T, qkv_width};
     context = {memory + begin[4], T, queries};
@@ -47,7 +47,8 @@ struct ForwardRoom {
       *view = view->slice_rows(first, count);
     return some;
   }
-  MatrixView<float> x, normed;     // [T, D] the residual stream, and its norm
+  MatrixView<float> x, normed;     // [T, D] the residual stream, and its norm: the same memory
+                                   // where the norm takes its place (NormPlace::kAfter)
   MatrixView<float> branch;        // [T, D] of the FFN
   MatrixView<float> qkv, context;  // [T, query and key/value heads], [T, query heads]
   MatrixView<float> cosine, sine;  // [T, head_dim / 2] of each token's position
@@ -59,8 +60,8 @@ struct Model::Impl {
   std::int64_t query_width() const { return config.num_heads * config.head_dim; }
   std::int64_t kv_width() const { return config.num_kv_heads * config.head_dim; }
 
-  /// y[t] = norm(x[t]).
-  void norm(MatrixView<const float> x, const std::vector<float>& weight, MatrixView<float> y);
+  /// y[t] = norm(x[t]); may be the same.
+  void norm(MatrixView<const float> x, const NormWeights& weights, MatrixView<float> y);
   /// y[t] += x[t].
   void add(MatrixView<const float> x, MatrixView<float> y);
 
@@ -85,9 +86,13 @@ struct Model::Impl {
   /// K times `down`. With another number of experts in use that holds no longer; so they become
   /// what they were.
   void restore_hard_gates();
-  /// Rotates and scales q in place; rotates k and moves k and v into the cache.
+  /// Rotates (ModelConfig::rotary) and scales q in place; rotates k and moves k and v into the
+  /// cache.
   void rotate_and_store(const ForwardRoom& room, std::int64_t position, const KvLayout& layout,
                         float* cache);
+
+  /// T tokens behind `past` others: whether the model can see them as one text.
+  void check_window(const char* function, std::int64_t past, std::int64_t tokens) const;
 
   const LayerWeights& layer(const char* function, std::int64_t l) const {
     if (l < 0 || l >= config.num_layers)

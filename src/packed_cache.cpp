@@ -39,10 +39,12 @@ class Assembler {
     DecoderWeights w;
     const WeightType vocabulary = vocabulary_weight_type(type_);
     w.embedding = linear("embedding", c_.vocab_size, c_.hidden_size, vocabulary);
+    if (!c_.rotary) w.positions = floats("positions", c_.max_position_embeddings * c_.hidden_size);
     for (std::int64_t l = 0; l < c_.num_layers; ++l) w.layers.push_back(layer(l));
-    w.final_norm = floats("final_norm", c_.hidden_size);
-    w.head = c_.tie_word_embeddings ? w.embedding
-                                    : linear("head", c_.vocab_size, c_.hidden_size, vocabulary);
+    w.final_norm = norm("final_norm");
+    if (c_.has_head)
+      w.head = c_.tie_word_embeddings ? w.embedding
+                                      : linear("head", c_.vocab_size, c_.hidden_size, vocabulary);
     return w;
   }
 
@@ -52,12 +54,12 @@ class Assembler {
     const std::int64_t D = c_.hidden_size, q = c_.num_heads * c_.head_dim;
     const std::int64_t qkv = q + 2 * c_.num_kv_heads * c_.head_dim;
     LayerWeights w;
-    w.input_norm = floats(prefix + "input_norm", D);
+    w.input_norm = norm(prefix + "input_norm");
     w.qkv = linear(prefix + "qkv", qkv, D, type_);
     if (c_.attention_bias) w.qkv_bias = floats(prefix + "qkv_bias", qkv);
     w.output = linear(prefix + "output", D, q, type_);
     if (c_.attention_bias) w.output_bias = floats(prefix + "output_bias", D);
-    w.post_norm = floats(prefix + "post_norm", D);
+    w.post_norm = norm(prefix + "post_norm");
     if (!c_.is_moe()) {
       w.ffn = experts(prefix, "experts", 1, c_.intermediate_size);
       return w;
@@ -71,19 +73,27 @@ class Assembler {
     return w;
   }
 
-  PackedExperts experts(const std::string& prefix, const char* name, std::int64_t count,
+  NormWeights norm(const std::string& name) const {
+    NormWeights weights{floats(name, c_.hidden_size), {}};
+    if (c_.layer_norm) weights.bias = floats(name + "_bias", c_.hidden_size);
+    return weights;
+  }
+
+  PackedExperts experts(const std::string& prefix, const std::string& name, std::int64_t count,
                         std::int64_t width) const {
     PackedExpertsParts parts;
     parts.d_model = c_.hidden_size;
+    parts.gated = c_.gated_ffn;
     parts.activation = c_.activation;
     parts.type = type_;
     parts.widths.assign(count, width);
     const PackedExperts shape(parts);
     const std::int64_t lanes = shape.panel_begin(count) * kPanelWidth;
     parts.panels = find_(prefix + name, shape.bytes());
-    if (c_.mlp_bias && !c_.is_moe()) {
-      parts.lane_bias = floats(prefix + "experts_bias", lanes);
-      parts.down_bias = floats(prefix + "down_bias", c_.hidden_size);
+    // Of the families with experts those without a gate have biases.
+    if (c_.mlp_bias && (!c_.is_moe() || !c_.gated_ffn)) {
+      parts.lane_bias = floats(prefix + name + "_bias", lanes);
+      if (name == "experts") parts.down_bias = floats(prefix + "down_bias", c_.hidden_size);
     }
     return PackedExperts(std::move(parts));
   }
@@ -111,25 +121,29 @@ class Assembler {
 /// The parts of a layer in the assembler's order: put(name, bytes).
 template <typename Put>
 void put_layer(const LayerWeights& w, const std::string& prefix, const Put& put) {
-  const auto floats = [&](const char* name, std::span<const float> values) {
+  const auto floats = [&](const std::string& name, std::span<const float> values) {
     if (!values.empty()) put(prefix + name, std::as_bytes(values));
   };
   const auto linear = [&](const char* name, const PackedLinear& packed) {
     put(prefix + name, std::span(packed.data(), static_cast<std::size_t>(packed.bytes())));
   };
-  floats("input_norm", w.input_norm);
+  const auto norm = [&](const std::string& name, const NormWeights& weights) {
+    floats(name, weights.weight);
+    floats(name + "_bias", weights.bias);
+  };
+  norm("input_norm", w.input_norm);
   linear("qkv", w.qkv);
   floats("qkv_bias", w.qkv_bias);
   linear("output", w.output);
   floats("output_bias", w.output_bias);
-  floats("post_norm", w.post_norm);
-  const auto panels = [&](const char* name, const PackedExperts& packed) {
+  norm("post_norm", w.post_norm);
+  const auto panels = [&](const std::string& name, const PackedExperts& packed) {
     put(prefix + name, std::span(packed.expert(0), static_cast<std::size_t>(packed.bytes())));
+    floats(name + "_bias", packed.lane_bias());
   };
   const auto* moe = std::get_if<PackedMoe>(&w.ffn);
   const PackedExperts& experts = moe != nullptr ? moe->experts : std::get<PackedExperts>(w.ffn);
   panels("experts", experts);
-  floats("experts_bias", experts.lane_bias());
   floats("down_bias", experts.down_bias());
   if (moe == nullptr) return;
   if (moe->shared.num_experts() > 0) panels("shared", moe->shared);
@@ -307,10 +321,16 @@ void write_packed_cache(const std::filesystem::path& file, const Checkpoint& che
   };
   const ModelConfig& c = checkpoint.config();
   put_linear("embedding", packer.embedding());
+  const auto put_floats = [&](const std::string& name, const std::vector<float>& values) {
+    if (!values.empty()) writer.put(name, std::as_bytes(std::span(values)));
+  };
+  put_floats("positions", packer.positions());
   for (std::int64_t l = 0; l < c.num_layers; ++l)
     put_layer(packer.layer(l), fmt::format("layers.{}.", l), put);
-  writer.put("final_norm", std::as_bytes(std::span<const float>(packer.final_norm())));
-  if (!c.tie_word_embeddings) put_linear("head", packer.head());
+  const NormWeights final_norm = packer.final_norm();
+  put_floats("final_norm", final_norm.weight);
+  put_floats("final_norm_bias", final_norm.bias);
+  if (c.has_head && !c.tie_word_embeddings) put_linear("head", packer.head());
   writer.commit();
 }
 

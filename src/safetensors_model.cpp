@@ -75,15 +75,8 @@ void open_sharded(ModelFiles& model, const fs::path& index) {
   }
 }
 
-/// Writers keep one of two tensors that share memory, and for a tied head that may be `lm_head`:
-/// then it is the embedding under another name.
-void name_tied_embedding(ModelFiles& model) {
-  const auto head = find_tensor(model.infos, "lm_head.weight");
-  if (!model.config.tie_word_embeddings || !head ||
-      find_tensor(model.infos, "model.embed_tokens.weight"))
-    return;
-  model.infos[*head].name = "model.embed_tokens.weight";
-  // Renaming breaks the order by name; the bytes have to move along.
+/// After renaming: the bytes have to move along.
+void sort_by_name(ModelFiles& model) {
   std::vector<std::size_t> order(model.infos.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
@@ -96,6 +89,39 @@ void name_tied_embedding(ModelFiles& model) {
   }
   model.infos = std::move(sorted.infos);
   model.stored = std::move(sorted.stored);
+}
+
+/// Writers keep one of two tensors that share memory, and for a tied head that may be `lm_head`:
+/// then it is the embedding under another name.
+void name_tied_embedding(ModelFiles& model) {
+  const auto head = find_tensor(model.infos, "lm_head.weight");
+  if (!model.config.tie_word_embeddings || !head ||
+      find_tensor(model.infos, "model.embed_tokens.weight"))
+    return;
+  model.infos[*head].name = "model.embed_tokens.weight";
+  sort_by_name(model);
+}
+
+/// A BERT with a head keeps its encoder under "bert.", and checkpoints converted from TensorFlow
+/// call a norm's weight and bias `gamma` and `beta`. Transformers reads both as it reads the plain
+/// names.
+void name_bert_tensors(ModelFiles& model) {
+  if (!is_bert(model.config.family)) return;
+  for (TensorInfo& info : model.infos) {
+    if (info.name.starts_with("bert.")) info.name.erase(0, std::string_view("bert.").size());
+    for (const auto& [theirs, ours] :
+         {std::pair{"LayerNorm.gamma", "LayerNorm.weight"}, {"LayerNorm.beta", "LayerNorm.bias"}})
+      if (info.name.ends_with(theirs))
+        info.name.replace(info.name.size() - std::string_view(theirs).size(), std::string::npos,
+                          ours);
+  }
+  sort_by_name(model);
+  const auto twice =
+      std::adjacent_find(model.infos.begin(), model.infos.end(),
+                         [](const TensorInfo& a, const TensorInfo& b) { return a.name == b.name; });
+  if (twice != model.infos.end())
+    fail_file("{}: holds tensor '{}' with and without the prefix 'bert.', or under two names",
+              model.directory.string(), twice->name);
 }
 
 }  // namespace
@@ -114,6 +140,7 @@ ModelFiles open_safetensors_model(const fs::path& weights) {
   else
     open_single(model, weights);
   name_tied_embedding(model);
+  name_bert_tensors(model);
   check_decoder_tensors(model.config, model.infos, weights.string());
   return model;
 }

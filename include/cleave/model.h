@@ -78,10 +78,13 @@ struct ForwardHooks {
   std::function<bool(std::int64_t layer, MatrixView<const float> input, MatrixView<float> y)> ffn;
 };
 
-/// A decoder-only transformer, without LibTorch: RMSNorm, rotary positions,
-/// grouped-query attention with a KV cache, a dense or an MoE FFN per layer. It serves convert,
+/// A transformer, without LibTorch: grouped-query attention with a KV cache, a dense or an MoE FFN
+/// per layer; norms, positions and what a token sees are as ModelConfig says. It serves convert,
 /// eval and generate; gradients live in cleave::train, and a test holds the two forward passes
 /// equal.
+///
+/// An encoder (ModelConfig::causal is false) takes a window as a whole: forward() on a cache that
+/// was cleared, or the steps below. Its token types are all 0.
 ///
 /// Activations are float32; weights are as ModelSpec says. Owns its weights and its threads. One
 /// call at a time.
@@ -104,17 +107,19 @@ class Model {
 
   /// Runs tokens through all layers and appends them to the cache.
   ///   tokens [T], ids in [0, V)    hidden [T, D], written: the final norm's output
-  /// @throws InvalidArgument  an id out of range, or the cache is too small
+  /// @throws InvalidArgument  an id out of range, or the cache is too small; of an encoder, also
+  ///                          where it holds tokens; more tokens than there are learned positions
   void forward(std::span<const std::int32_t> tokens, KvCache& cache, MatrixView<float> hidden,
                const ForwardHooks& hooks = {});
   /// One token of each of B sequences, each with a cache of its own: what B calls of forward() with
   /// one token would do, while every weight is read once.
   ///   tokens [B]    caches [B], distinct    hidden [B, D], written
-  /// @throws InvalidArgument  as forward(); or two tokens share a cache
+  /// @throws InvalidArgument  as forward(); two tokens share a cache; or an encoder
   void forward_step(std::span<const std::int32_t> tokens, std::span<KvCache* const> caches,
                     MatrixView<float> hidden);
   /// The head: hidden [T, D] -> logits [T, V]. Apart from forward(), so that only the rows that are
   /// needed are computed, and in pieces (V is large).
+  /// @throws InvalidArgument  a model without one (ModelConfig::has_head), or shapes disagree
   void logits(MatrixView<const float> hidden, MatrixView<float> out);
 
   // The same pass in steps, for those who need all tokens of a text in one layer before the next
@@ -122,10 +127,13 @@ class Model {
   //   embed(tokens, x); for each l: attend(l, cache, x, normed), x += FFN(normed); finish(x,
   //   hidden)
 
-  /// x [T, D], written: the embedding rows. @throws InvalidArgument  an id out of range
+  /// x [T, D], written: the embedding rows, and learned positions from 0 on.
+  /// @throws InvalidArgument  an id out of range, or more tokens than learned positions
   void embed(std::span<const std::int32_t> tokens, MatrixView<float> x) const;
   /// One window through one layer's attention: x += attention(norm(x)), and `normed` receives the
-  /// norm of that, which is what the layer's FFN reads. The window starts at position 0.
+  /// norm of that, which is what the layer's FFN reads. The window starts at position 0. With
+  /// NormPlace::kAfter each norm takes the place of what it norms, so x and `normed` end equal: the
+  /// first is that of the embedding or of the layer before, whose FFN has been added.
   ///   x [T, D]   normed [T, D], written   cache: room for T tokens; what it holds is overwritten
   void attend(std::int64_t layer, KvCache& cache, MatrixView<float> x, MatrixView<float> normed);
   /// hidden = final norm of x. Both [T, D]; may be the same.

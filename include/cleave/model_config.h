@@ -9,12 +9,16 @@
 
 namespace cleave {
 
-/// Model families the readers and both forward passes know. They share one decoder; what differs is
-/// configuration (a family is not a class).
-enum class Family { kLlama, kMistral, kMixtral, kGraniteMoe, kGraniteMoeShared };
+/// Model families the readers and both forward passes know (encoders: Model alone). They share one
+/// transformer; what differs is configuration (a family is not a class).
+enum class Family { kLlama, kMistral, kMixtral, kGraniteMoe, kGraniteMoeShared, kBert, kBertMoe };
 
-/// "llama", "mistral", "mixtral", "granitemoe", "granitemoeshared": `model_type` of config.json.
+/// "llama", "mistral", "mixtral", "granitemoe", "granitemoeshared", "bert", "cleave_bert_moe":
+/// `model_type` of config.json.
 const char* family_name(Family family);
+
+/// Whether tensors have the names that BERT gives them.
+bool is_bert(Family family);
 
 /// Whether the checkpoints of a family hold all experts of a layer in one tensor (Granite's do).
 bool has_fused_experts(Family family);
@@ -30,7 +34,13 @@ struct RopeConfig {
   std::int64_t original_max_position_embeddings = 8192;  ///< kLlama3
 };
 
-/// Shape and constants of a decoder-only transformer; what config.json (or GGUF keys) says.
+/// Where a model normalises.
+enum class NormPlace {
+  kBefore,  ///< what attention and FFN read; and once what the last layer gives
+  kAfter,   ///< the sum, each time a branch was added to it; and once the embedding (BERT)
+};
+
+/// Shape and constants of a transformer; what config.json (or GGUF keys) says.
 struct ModelConfig {
   Family family = Family::kLlama;
   std::int64_t vocab_size = 0;         ///< V
@@ -41,7 +51,7 @@ struct ModelConfig {
   std::int64_t num_kv_heads = 0;  ///< divides num_heads (grouped-query attention)
   std::int64_t head_dim = 0;
   std::int64_t max_position_embeddings = 0;
-  double rms_norm_eps = 1e-6;
+  double rms_norm_eps = 1e-6;  ///< of all norms, whatever their kind (layer_norm_eps of a BERT)
   Activation activation = Activation::kSilu;
   RopeConfig rope;
   bool tie_word_embeddings = false;           ///< lm_head shares the embedding matrix
@@ -60,6 +70,11 @@ struct ModelConfig {
   DType dtype = DType::kF32;  ///< what the checkpoint stores its matrices in
   bool causal = true;         ///< a token sees those before it; false: all of its window (encoders)
   bool has_head = true;       ///< hidden states become logits; false: they are the result
+  bool gated_ffn = true;      ///< three matrices; false: two, down act(up x)
+  bool layer_norm = false;    ///< mean taken off, weight and bias; false: RMSNorm
+  NormPlace norm_place = NormPlace::kBefore;
+  bool rotary = true;  ///< positions turn q and k; false: each has a row, added to the embedding
+  std::int64_t type_vocab_size = 0;  ///< token types, of which type 0 is computed; 0: none
 
   bool is_moe() const { return num_experts > 0; }
   /// Shared neurons of a layer without padding.
@@ -70,10 +85,12 @@ struct ModelConfig {
 };
 
 /// Reads config.json (text). Understands `rope_parameters` (Transformers 5) and the older
-/// `rope_theta` + `rope_scaling`. `origin` names the file in messages.
+/// `rope_theta` + `rope_scaling`. Of a BERT the encoder is read, whatever head is on it. `origin`
+/// names the file in messages.
 /// @throws FileError  a key is missing or of the wrong type, a shape makes no sense, the
-///                    architecture, activation or rope type is unsupported (the message lists what
-///                    is), or one of Granite's multipliers is not what a Llama computes with
+///                    architecture, activation, rope or position type is unsupported (the message
+///                    lists what is), or one of Granite's multipliers is not what a Llama computes
+///                    with
 ModelConfig parse_model_config(const std::string& json_text, const std::string& origin);
 
 /// Parameters and multiply-adds, counted from shapes alone. Rows that only pad shared slices

@@ -120,6 +120,16 @@ void rms_norm(const float* x, const float* weight, float eps, float* y, std::int
   MutableArray(y, n) = in * (1.0f / ::sqrtf(mean + eps)) * ConstArray(weight, n);
 }
 
+void layer_norm(const float* x, const float* weight, const float* bias, float eps, float* y,
+                std::int64_t n) {
+  // The variance in a second pass: a mean square less the squared mean cancels.
+  const ConstArray in(x, n);
+  const float mean = in.sum() / static_cast<float>(n);
+  const float variance = (in - mean).square().sum() / static_cast<float>(n);
+  MutableArray(y, n) =
+      (in - mean) * (1.0f / ::sqrtf(variance + eps)) * ConstArray(weight, n) + ConstArray(bias, n);
+}
+
 void add(const float* x, float* y, std::int64_t n) { MutableArray(y, n) += ConstArray(x, n); }
 void scale(float a, float* x, std::int64_t n) { MutableArray(x, n) *= a; }
 
@@ -145,8 +155,8 @@ Comparison compare(const float* reference_logits, const float* model_logits, std
           first_largest(model_logits, n)};
 }
 
-constexpr IsaKernels kKernels = {product_nt, product_nn, activate,    softmax, rms_norm,
-                                 add,        scale,      log_sum_exp, compare};
+constexpr IsaKernels kKernels = {product_nt, product_nn, activate, softmax,     rms_norm,
+                                 layer_norm, add,        scale,    log_sum_exp, compare};
 
 }  // namespace
 

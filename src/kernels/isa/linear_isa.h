@@ -47,6 +47,9 @@ struct IsaKernels {
   void (*softmax)(float* row, std::int64_t n);
   /// y = x / sqrt(mean(x^2) + eps) * weight.
   void (*rms_norm)(const float* x, const float* weight, float eps, float* y, std::int64_t n);
+  /// y = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias; `y` may be `x`.
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps, float* y,
+                     std::int64_t n);
   /// y += x.
   void (*add)(const float* x, float* y, std::int64_t n);
   /// x *= a.
