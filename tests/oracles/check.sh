@@ -25,12 +25,17 @@ case "$case" in
 esac
 
 demo="$root/examples/models/demo-llama"
+bert="$root/tests/golden/encoder/bert"
+minilm="$root/models/all-MiniLM-L6-v2"
 smollm2="$root/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 case "$case" in
   smollm2_*)
     for file in "$smollm2" "$root/models/jargon.heldout.txt"; do
       [ -f "$file" ] || skip "$file is missing (scripts/fetch_models.sh)"
     done ;;
+esac
+case "$case" in
+  minilm) [ -f "$minilm/model.safetensors" ] || skip "$minilm is missing (sentence-transformers/all-MiniLM-L6-v2)" ;;
 esac
 rm -rf "$work"
 mkdir -p "$work"
@@ -87,5 +92,7 @@ case "$case" in
   smollm2_perplexity)
     "$python" "$here/perplexity_check.py" "$smollm2" "$root/models/jargon.heldout.txt" --context 1024 \
       --limit-tokens 16384 --cleave "$cleave" ;;
+  encoder) "$python" "$here/encoder_check.py" "$bert" --cleave "$cleave" ;;
+  minilm) "$python" "$here/encoder_check.py" "$minilm" --cleave "$cleave" ;;
   *) echo "check.sh: unknown case $case"; exit 2 ;;
 esac
