@@ -26,7 +26,7 @@ void attention_reference(const AttentionShape& s, MatrixView<const float> q,
       const std::int64_t kv = h / (s.num_heads / s.num_kv_heads), position = past + t;
       std::vector<double> sum(d, 0.0);
       double norm = 0.0;
-      for (std::int64_t n = 0; n <= position; ++n) {
+      for (std::int64_t n = 0; n < (s.causal ? position + 1 : keys.rows); ++n) {
         if (s.sliding_window > 0 && position - n >= s.sliding_window) continue;
         double score = 0.0;
         for (std::int64_t i = 0; i < d; ++i) score += double{q(t, h * d + i)} * keys(n, kv * d + i);
@@ -102,6 +102,25 @@ TEST(Attention, MatchesItsDefinitionOverALongCache) {
     SCOPED_TRACE(fmt::format("seed={} T={} N={} heads={}/{} d={} window={} threads={}", seed, T, N,
                              s.num_heads, s.num_kv_heads, s.head_dim, s.sliding_window,
                              pool.threads()));
+    expect_definition(s, T, N, rng, pool.parallel_for());
+  }
+}
+
+// A whole window, as encoders have it; also the last tokens of one.
+TEST(Attention, MatchesItsDefinitionWhereTokensSeeTheWholeWindow) {
+  for (unsigned seed = 0; seed < 50; ++seed) {
+    std::mt19937 rng(seed);
+    ThreadPool pool(static_cast<int>(pick(rng, 1, 5)));
+    AttentionShape s;
+    s.causal = false;
+    s.num_kv_heads = pick(rng, 1, 12);
+    s.num_heads = s.num_kv_heads * (seed % 4 == 0 ? pick(rng, 1, 3) : 1);
+    s.head_dim = seed % 7 == 0 ? 65 : pick(rng, 1, 40);  // odd ones too: nothing is rotated
+    // Below and above a panel of keys, a block of them and a block of queries.
+    const std::int64_t T = pick(rng, 1, seed % 5 == 0 ? 450 : seed % 3 == 0 ? 140 : 33);
+    const std::int64_t N = T + (seed % 6 == 0 ? pick(rng, 1, 200) : 0);
+    SCOPED_TRACE(fmt::format("seed={} T={} N={} heads={}/{} d={} threads={}", seed, T, N,
+                             s.num_heads, s.num_kv_heads, s.head_dim, pool.threads()));
     expect_definition(s, T, N, rng, pool.parallel_for());
   }
 }
