@@ -150,7 +150,7 @@ std::int64_t unpadded_width(const ModelFiles& files, std::int64_t layer, std::in
 /// ModelConfig::shared_widths.
 std::vector<std::int64_t> find_shared_widths(const ModelFiles& files) {
   const ModelConfig& c = files.config;
-  if (!has_fused_experts(c.family) || c.shared_intermediate_size == 0) return {};
+  if (!has_fused_experts(c.family) || c.shared_intermediate_size == 0) return c.shared_widths;
   std::vector<std::int64_t> widths;
   for (std::int64_t l = 0; l < c.num_layers; ++l)
     widths.push_back(unpadded_width(files, l, c.shared_intermediate_size));

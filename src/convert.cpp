@@ -12,6 +12,7 @@
 #include "cleave/factorize.h"
 #include "cleave/model.h"
 #include "cleave/version.h"
+#include "decoder_tensors.h"
 #include "output_fit.h"
 #include "support/thread_pool.h"
 
@@ -44,18 +45,18 @@ void check_spec(const Checkpoint& source, const ConvertSpec& spec,
 DenseFfn read_ffn(const Checkpoint& source, std::int64_t layer) {
   const ModelConfig& config = source.config();
   const std::int64_t H = config.intermediate_size, D = config.hidden_size;
-  const std::string prefix = fmt::format("model.layers.{}.mlp.", layer);
+  const LayerNames names(config, layer);
   DenseFfn ffn;
   ffn.hidden = H;
   ffn.d_model = D;
   ffn.activation = config.activation;
-  ffn.gate = source.read(prefix + "gate_proj.weight", {H, D});
-  ffn.up = source.read(prefix + "up_proj.weight", {H, D});
-  ffn.down = source.read(prefix + "down_proj.weight", {D, H});
+  if (config.gated_ffn) ffn.gate = source.read(names.gate + ".weight", {H, D});
+  ffn.up = source.read(names.up + ".weight", {H, D});
+  ffn.down = source.read(names.down + ".weight", {D, H});
   if (config.mlp_bias) {
-    ffn.gate_bias = source.read(prefix + "gate_proj.bias", {H});
-    ffn.up_bias = source.read(prefix + "up_proj.bias", {H});
-    ffn.down_bias = source.read(prefix + "down_proj.bias", {D});
+    if (config.gated_ffn) ffn.gate_bias = source.read(names.gate + ".bias", {H});
+    ffn.up_bias = source.read(names.up + ".bias", {H});
+    ffn.down_bias = source.read(names.down + ".bias", {D});
   }
   return ffn;
 }
@@ -339,7 +340,10 @@ void write_conversion(const std::filesystem::path& out, const Checkpoint& source
       ffns.push_back(as_dense(bank));
       provenance.neuron_order.push_back(bank.neuron_order);
     }
-    write_llama_dense(out, source, ffns, provenance, write);
+    if (is_bert(source.config().family))
+      write_bert_dense(out, source, ffns, provenance, write);
+    else
+      write_llama_dense(out, source, ffns, provenance, write);
     return;
   }
   if (conversion.layers.empty())
@@ -360,7 +364,10 @@ void write_conversion(const std::filesystem::path& out, const Checkpoint& source
   }
   WriteSpec resolved = write;
   if (!write.dtype) resolved.dtype = default_write_dtype(source.config(), conversion.layers);
-  if (shared > 0)
+  if (is_bert(source.config().family))
+    write_bert_moe(out, source, {E, first.experts_per_token, I, shared_widths(conversion.layers)},
+                   bert_moe_tensors(source, conversion.layers), provenance, resolved);
+  else if (shared > 0)
     write_granite_moe_shared(out, source, {E, first.experts_per_token, I, shared},
                              granite_moe_shared_tensors(source, conversion.layers), provenance,
                              resolved);

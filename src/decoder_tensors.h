@@ -28,18 +28,6 @@ struct ModelNames {
   std::string head;  ///< empty without
 };
 
-/// Names of an encoder's tensors with experts: the experts of a layer are fused, as Granite's are.
-struct BertMoeNames {
-  static std::string router(std::int64_t layer);             ///< [E, D]
-  static std::string input(std::int64_t layer);              ///< up [E, I, D]
-  static std::string input_bias(std::int64_t layer);         ///< [E, I]
-  static std::string output(std::int64_t layer);             ///< down [E, D, I]
-  static std::string output_bias(std::int64_t layer);        ///< [D], of the FFN as a whole
-  static std::string shared_input(std::int64_t layer);       ///< up [S I, D]
-  static std::string shared_input_bias(std::int64_t layer);  ///< [S I]
-  static std::string shared_output(std::int64_t layer);      ///< down [D, S I]
-};
-
 /// A tensor a model must have.
 struct ExpectedTensor {
   std::string name;

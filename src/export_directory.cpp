@@ -39,6 +39,7 @@ void check_complete(const TargetModel& target, std::span<const NamedTensor> tens
                     shape_text(found->second->shape), shape_text(expected.shape));
     given.erase(found);
   }
+  for (const std::string& name : target.carried) given.erase(name);
   if (!given.empty())
     fail_argument("{}: tensor '{}' has no place in a model of this family ({})", target.function,
                   given.begin()->first, family_name(target.config.family));
@@ -88,7 +89,9 @@ void write_weights(const fs::path& directory, std::span<const NamedTensor> tenso
 void write_texts(const fs::path& directory, const std::string& name, const Checkpoint& source,
                  const ModelConfig& target, const Provenance& provenance) {
   const auto write = [&](const std::string& file, const std::string& text) {
-    write_file_atomically(directory / file, text);
+    const fs::path path = directory / file;
+    fs::create_directories(path.parent_path());  // sentence-transformers keeps some in folders
+    write_file_atomically(path, text);
   };
   write("config.json", target_config_json(target));
   if (source.has_tokenizer()) write("tokenizer.json", source.tokenizer_json());
@@ -104,9 +107,10 @@ void write_texts(const fs::path& directory, const std::string& name, const Check
 }
 
 bool is_ffn(const std::string& name) {
-  for (const char* part : {".mlp.", ".block_sparse_moe.", ".shared_mlp."})
-    if (name.find(part) != std::string::npos) return true;
-  return false;
+  const auto has = [&](const char* part) { return name.find(part) != std::string::npos; };
+  for (const char* part : {".mlp.", ".block_sparse_moe.", ".shared_mlp.", ".intermediate."})
+    if (has(part)) return true;
+  return has(".output.dense.") && !has(".attention.");  // BERT's
 }
 
 }  // namespace
@@ -127,6 +131,14 @@ void check_no_sliding_window(const char* function, const char* target, const Mod
   if (source.sliding_window > 0 && source.sliding_window < source.max_position_embeddings)
     fail_argument("{}: the model attends to {} of {} tokens (sliding_window), which {} cannot",
                   function, source.sliding_window, source.max_position_embeddings, target);
+}
+
+void check_is_decoder(const char* function, const char* target, const ModelConfig& source) {
+  if (source.causal && source.has_head) return;
+  fail_argument(
+      "{}: the model is an encoder, which {} cannot hold; write_bert_moe and "
+      "write_bert_dense can",
+      function, target);
 }
 
 void write_model_directory(const fs::path& out, const Checkpoint& source, const TargetModel& target,

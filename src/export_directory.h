@@ -2,6 +2,7 @@
 
 #include <filesystem>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "cleave/export.h"
@@ -11,8 +12,9 @@ namespace cleave {
 
 /// What is to be written.
 struct TargetModel {
-  const char* function;  ///< in whose name errors are thrown
-  ModelConfig config;    ///< of the target; its dtype is that of the weights
+  const char* function;                   ///< in whose name errors are thrown
+  ModelConfig config;                     ///< of the target; its dtype is that of the weights
+  std::vector<std::string> carried = {};  ///< tensors it may hold beside those of `config`
 };
 
 /// Attention, norms, embeddings and head of `source`, as `target` names them; no FFN. Where the
@@ -21,6 +23,9 @@ std::vector<NamedTensor> backbone_tensors(const Checkpoint& source, const ModelC
 
 /// A sliding window that is shorter than the longest text has no place in Llama and Granite.
 void check_no_sliding_window(const char* function, const char* target, const ModelConfig& source);
+
+/// An encoder has no place in the classes of decoders.
+void check_is_decoder(const char* function, const char* target, const ModelConfig& source);
 
 /// Writes weights, config.json, the source's tokenizer files, cleave.json and the model card into a
 /// temporary sibling of `out`, and renames it. What `tensors` holds must be exactly what the

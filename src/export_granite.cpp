@@ -18,6 +18,7 @@ namespace fs = std::filesystem;
 constexpr MoeTarget kGraniteTensors{"granite_moe_shared_tensors", "GraniteMoeShared"};
 
 void check_granite_source(const ModelConfig& source, const char* function) {
+  check_is_decoder(function, "GraniteMoeShared", source);
   if (source.mlp_bias)
     fail_argument("{}: the model has FFN biases, which GraniteMoeShared cannot hold", function);
   // Transformers takes another head_dim from config.json; vLLM and llama.cpp divide.
@@ -96,6 +97,13 @@ void check_shared_slices(const ModelConfig& config, std::span<const MoeLayer> la
 }
 
 }  // namespace
+
+std::vector<std::int64_t> shared_widths(std::span<const MoeLayer> layers) {
+  if (widest_shared(layers) == 0) return {};
+  std::vector<std::int64_t> widths;
+  for (const MoeLayer& layer : layers) widths.push_back(layer.shared.rows());
+  return widths;
+}
 
 std::int64_t widest_shared(std::span<const MoeLayer> layers) {
   std::int64_t width = 0;

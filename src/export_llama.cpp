@@ -85,6 +85,7 @@ void write_llama_dense(const std::filesystem::path& out, const Checkpoint& sourc
                        const WriteSpec& spec) {
   const ModelConfig& config = source.config();
   check_output(out, spec.overwrite);
+  check_is_decoder(kWriteLlama, "Llama", config);
   check_no_sliding_window(kWriteLlama, "Llama", config);
   if (static_cast<std::int64_t>(ffns.size()) != config.num_layers)
     fail_argument("{}: {} FFNs given; the model has {} layers", kWriteLlama, ffns.size(),

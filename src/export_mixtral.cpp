@@ -12,6 +12,7 @@ namespace fs = std::filesystem;
 constexpr MoeTarget kMixtralTensors{"mixtral_tensors", "Mixtral"};
 
 void check_mixtral_source(const ModelConfig& source, const char* function) {
+  check_is_decoder(function, "Mixtral", source);
   if (source.attention_bias || source.mlp_bias)
     fail_argument("{}: the model has {} biases, which Mixtral cannot hold", function,
                   source.attention_bias ? "attention" : "FFN");

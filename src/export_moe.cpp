@@ -37,17 +37,22 @@ bool is_power_of_two(double value) {
 
 bool bank_holds_exactly(DType dtype, const ExpertBank& bank) {
   return holds_exactly(dtype, bank.gate) && holds_exactly(dtype, bank.up) &&
-         holds_exactly(dtype, bank.down_t);
+         holds_exactly(dtype, bank.down_t) && holds_exactly(dtype, bank.up_bias) &&
+         holds_exactly(dtype, bank.down_bias);
 }
 
 }  // namespace
 
 void check_bank(const MoeTarget& target, const ModelConfig& source, const ExpertBank& bank,
                 const char* what, std::size_t index) {
-  if (bank.gate.empty())
+  if (!target.gated && !bank.gate.empty())
+    fail_argument("{}: layer {}: the {} have a gate matrix, which {} cannot hold", target.function,
+                  index, what, target.name);
+  if (target.gated && bank.gate.empty())
     fail_argument("{}: layer {}: the {} have no gate matrix, which {} needs", target.function,
                   index, what, target.name);
-  if (!bank.gate_bias.empty() || !bank.up_bias.empty() || !bank.down_bias.empty())
+  const bool biased = !bank.gate_bias.empty() || !bank.up_bias.empty() || !bank.down_bias.empty();
+  if (target.gated && biased)
     fail_argument("{}: layer {}: the {} have biases, which {} cannot hold", target.function, index,
                   what, target.name);
   if (bank.activation != source.activation)

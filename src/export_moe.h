@@ -14,17 +14,19 @@ namespace cleave {
 struct MoeTarget {
   const char* function;
   const char* name;
+  bool gated = true;  ///< three matrices and no bias; false: two, and biases
 };
 
-/// As many layers as the model has, all alike in E, K, I, gate and activation, of width D, gated
-/// and without biases. The shared slice is the target's own affair.
+/// As many layers as the model has, all alike in E, K, I, gate and activation, of width D, of the
+/// target's matrices. The shared slice is the target's own affair.
 /// @throws InvalidArgument
 void check_moe_layers(const MoeTarget& target, const ModelConfig& source,
                       std::span<const MoeLayer> layers);
 /// @throws InvalidArgument  not 1 <= K <= E
 void check_experts_per_token(const char* function, std::int64_t experts_per_token,
                              std::int64_t num_experts);
-/// No bias and no missing gate in `bank`, and the model's own activation. `what`: of layer `index`.
+/// The matrices and biases in `bank` that the target holds, and the model's own activation. `what`:
+/// of layer `index`.
 void check_bank(const MoeTarget& target, const ModelConfig& source, const ExpertBank& bank,
                 const char* what, std::size_t index);
 

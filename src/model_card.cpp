@@ -36,6 +36,7 @@ std::vector<std::int64_t> slice_widths(const ModelConfig& c, const Provenance& p
 
 /// What the padding is and costs; empty without any.
 std::string padding_paragraph(const ModelConfig& c, const Provenance& p) {
+  if (is_bert(c.family)) return {};  // each slice has a width of its own
   if (static_cast<std::int64_t>(p.shared_neurons.size()) != c.num_layers) return {};
   ModelConfig own = c;
   own.shared_widths = slice_widths(c, p);
@@ -51,6 +52,14 @@ std::string padding_paragraph(const ModelConfig& c, const Provenance& p) {
       *least, *most, c.shared_intermediate_size, 100.0 * (stock / used - 1.0));
 }
 
+/// "512", or "128 to 512" where the configuration has a width for each layer.
+std::string shared_text(const ModelConfig& c) {
+  if (!is_bert(c.family) || c.shared_widths.empty())
+    return fmt::format("{}", c.shared_intermediate_size);
+  const auto [least, most] = std::minmax_element(c.shared_widths.begin(), c.shared_widths.end());
+  return fmt::format("{} to {}", *least, *most);
+}
+
 std::string origin_paragraph(const ModelConfig& c, const Provenance& p) {
   if (!c.is_moe())
     return fmt::format(
@@ -62,7 +71,7 @@ std::string origin_paragraph(const ModelConfig& c, const Provenance& p) {
       "every feed-forward layer are divided among {} experts, of which {} run for each token",
       p.source, p.tool_version, c.num_experts, c.experts_per_token);
   if (c.shared_intermediate_size > 0)
-    text += fmt::format(",\nand {} shared neurons, which always run", c.shared_intermediate_size);
+    text += fmt::format(",\nand {} shared neurons, which always run", shared_text(c));
   return text + ".";
 }
 
@@ -76,7 +85,7 @@ std::string facts_table(const ModelConfig& c, const Provenance& p) {
     row("experts per layer (E)", c.num_experts);
     row("experts per token (K)", c.experts_per_token);
     row("neurons per expert (I)", c.intermediate_size);
-    if (c.shared_intermediate_size > 0) row("shared neurons", c.shared_intermediate_size);
+    if (c.shared_intermediate_size > 0) row("shared neurons", shared_text(c));
   } else {
     row("neurons (H)", c.intermediate_size);
   }
@@ -88,14 +97,50 @@ std::string facts_table(const ModelConfig& c, const Provenance& p) {
   return table;
 }
 
+/// Who opens the model, and how. What is generic is the class that Transformers takes.
+std::string use_section(const std::string& name, const ModelConfig& c) {
+  if (is_bert(c.family) && c.is_moe())
+    return fmt::format(
+        R"(cleave opens this model; no stock class holds an encoder with experts:
+
+```sh
+cleave inspect {name}
+```
+)",
+        fmt::arg("name", name));
+  std::string text = fmt::format(
+      R"(With Transformers, without remote code:
+
+```python
+from transformers import {loader}, AutoTokenizer
+
+model = {loader}.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+)",
+      fmt::arg("loader", c.has_head ? "AutoModelForCausalLM" : "AutoModel"),
+      fmt::arg("name", name));
+  if (c.has_head)
+    text += fmt::format(
+        R"(
+With cleave:
+
+```sh
+cleave generate {} --prompt "Once upon a time"
+```
+)",
+        name);
+  return text;
+}
+
 }  // namespace
 
 std::string model_card(const std::string& name, const ModelConfig& c, const Provenance& p) {
   return fmt::format(
       R"(---
 base_model: {base}
-library_name: transformers
-pipeline_tag: text-generation
+library_name: {library}
+pipeline_tag: {task}
 tags:
 {experts_tag}- {family}
 - cleave
@@ -111,27 +156,16 @@ source model.
 
 ## Use
 
-With Transformers, without remote code:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-```
-
-With cleave:
-
-```sh
-cleave generate {name} --prompt "Once upon a time"
-```
-)",
+{use})",
       fmt::arg("base", yaml_string(p.source)),
+      fmt::arg("library", is_bert(c.family) && c.is_moe() ? "cleave" : "transformers"),
+      fmt::arg("task", c.has_head ? "text-generation" : "feature-extraction"),
       fmt::arg("experts_tag", c.is_moe() ? "- mixture-of-experts\n" : ""),
       fmt::arg("family", family_name(c.family)), fmt::arg("name", name),
       fmt::arg("origin", origin_paragraph(c, p)), fmt::arg("facts", facts_table(c, p)),
       fmt::arg("padding", padding_paragraph(c, p)),
-      fmt::arg("gate", c.is_moe() ? gate_sentence(p) + "\n" : ""));
+      fmt::arg("gate", c.is_moe() ? gate_sentence(p) + "\n" : ""),
+      fmt::arg("use", use_section(name, c)));
 }
 
 }  // namespace cleave

@@ -1,5 +1,6 @@
 #include "target_config.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include <nlohmann/json.hpp>
@@ -96,6 +97,35 @@ const char* architecture(Family family) {
   return family == Family::kLlama ? "LlamaForCausalLM" : "GraniteMoeSharedForCausalLM";
 }
 
+/// A BERT's config.json. What Transformers' class has no key for is there only with experts.
+std::string bert_config_json(const ModelConfig& c) {
+  ordered_json json = {
+      {"architectures", ordered_json::array({c.is_moe() ? "CleaveBertMoeModel" : "BertModel"})},
+      {"model_type", family_name(c.family)},
+      {"vocab_size", c.vocab_size},
+      {"hidden_size", c.hidden_size},
+      {"intermediate_size", c.intermediate_size},
+      {"num_hidden_layers", c.num_layers},
+      {"num_attention_heads", c.num_heads},
+      {"hidden_act", activation_name(c.activation)},
+      {"max_position_embeddings", c.max_position_embeddings},
+      {"position_embedding_type", "absolute"},
+      {"type_vocab_size", c.type_vocab_size},
+      {"layer_norm_eps", c.rms_norm_eps},
+      {"is_decoder", false},
+  };
+  if (c.is_moe()) {
+    json["num_local_experts"] = c.num_experts;
+    json["num_experts_per_tok"] = c.experts_per_token;
+    json["shared_intermediate_size"] = c.shared_intermediate_size;
+    if (!c.shared_widths.empty()) json["shared_intermediate_size"] = c.shared_widths;
+  }
+  json["dtype"] = torch_dtype(c.dtype);
+  json["torch_dtype"] = torch_dtype(c.dtype);
+  add_token_ids(c, json);
+  return json.dump(2) + "\n";
+}
+
 }  // namespace
 
 ModelConfig mixtral_config(const ModelConfig& source, const MixtralShape& shape, DType dtype) {
@@ -132,7 +162,33 @@ ModelConfig llama_dense_config(const ModelConfig& source, std::int64_t hidden, D
   return config;
 }
 
+ModelConfig bert_moe_config(const ModelConfig& source, const BertMoeShape& shape, DType dtype) {
+  ModelConfig config = bert_dense_config(source, shape.expert_width, dtype);
+  config.family = Family::kBertMoe;
+  config.num_experts = shape.num_experts;
+  config.experts_per_token = shape.experts_per_token;
+  if (shape.shared_widths.empty()) return config;
+  const auto [least, most] =
+      std::minmax_element(shape.shared_widths.begin(), shape.shared_widths.end());
+  config.shared_intermediate_size = *most;
+  if (*least != *most) config.shared_widths = shape.shared_widths;
+  return config;
+}
+
+ModelConfig bert_dense_config(const ModelConfig& source, std::int64_t hidden, DType dtype) {
+  ModelConfig config = source;
+  config.family = Family::kBert;
+  config.num_experts = 0;
+  config.experts_per_token = 0;
+  config.shared_intermediate_size = 0;
+  config.shared_widths.clear();
+  config.intermediate_size = hidden;
+  config.dtype = dtype;
+  return config;
+}
+
 std::string target_config_json(const ModelConfig& c) {
+  if (is_bert(c.family)) return bert_config_json(c);
   ordered_json json = {
       {"architectures", ordered_json::array({architecture(c.family)})},
       {"model_type", family_name(c.family)},
@@ -164,6 +220,7 @@ std::string target_config_json(const ModelConfig& c) {
 
 std::string generation_config_json(const ModelConfig& config) {
   ordered_json json = ordered_json::object();
+  if (!config.has_head) return {};
   add_token_ids(config, json);
   if (json.empty()) return {};
   return json.dump(2) + "\n";

@@ -1,28 +1,17 @@
-#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <functional>
 
 #include "cleave/error.h"
 #include "cleave/model.h"
-#include "kernels/dispatch.h"
 #include "support/tiny_encoder.h"
 
 namespace cleave {
 namespace {
 
 using namespace testing;
-
-// Each norm brings values back to about 1 (at most 5 here), so errors of the layers add: in each, a
-// value goes through sums of D, T, D and H terms whose |terms| sum to some 20 times their result.
-double hidden_tolerance(const ModelConfig& c, std::size_t tokens) {
-  const auto terms =
-      static_cast<double>(2 * c.hidden_size + c.intermediate_size) + static_cast<double>(tokens);
-  return static_cast<double>(c.num_layers) * terms * 20.0 * std::numeric_limits<float>::epsilon() /
-         2.0;
-}
 
 class Encoder : public ::testing::Test {
  protected:

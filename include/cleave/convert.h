@@ -186,7 +186,8 @@ Conversion convert_to_budget(
 
 /// Writes the conversion as a stock directory: GraniteMoeShared where the layers have a shared
 /// slice (write_granite_moe_shared), else Mixtral (write_mixtral); Llama with narrower FFNs where
-/// nothing is routed (write_llama_dense).
+/// nothing is routed (write_llama_dense). A BERT encoder is written by write_bert_moe, which cleave
+/// alone reads, or write_bert_dense, a stock BertModel.
 /// @param spec_json  the settings to record in cleave.json, an object
 void write_conversion(const std::filesystem::path& out, const Checkpoint& source,
                       const Conversion& conversion, const std::string& spec_json,

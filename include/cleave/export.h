@@ -82,7 +82,7 @@ struct MixtralNames {
 /// @param num_experts, experts_per_token, expert_width   E, K, I: uniform over layers
 /// @param tensors  every weight in HuggingFace names (see mixtral_tensors)
 /// @throws InvalidArgument  `out` exists and overwrite is off; a family the target cannot hold
-/// (biases)
+/// (biases, encoders)
 /// @throws FileError        the disk is full or not writable
 struct MixtralShape {
   std::int64_t num_experts = 0;        ///< E
@@ -147,6 +147,49 @@ std::vector<NamedTensor> granite_moe_shared_tensors(const Checkpoint& source,
 void write_llama_dense(const std::filesystem::path& out, const Checkpoint& source,
                        std::span<const DenseFfn> ffns, const Provenance& provenance,
                        const WriteSpec& spec);
+
+/// Names of the tensors that take the place of an encoder's FFN. As Granite's, experts are fused;
+/// they have no gate, and biases.
+struct BertMoeNames {
+  static std::string router(std::int64_t layer);             ///< [E, D]
+  static std::string input(std::int64_t layer);              ///< up [E, I, D]
+  static std::string input_bias(std::int64_t layer);         ///< [E, I]
+  static std::string output(std::int64_t layer);             ///< down [E, D, I]
+  static std::string output_bias(std::int64_t layer);        ///< [D], added once per token
+  static std::string shared_input(std::int64_t layer);       ///< up [S I, D]
+  static std::string shared_input_bias(std::int64_t layer);  ///< [S I]
+  static std::string shared_output(std::int64_t layer);      ///< down [D, S I]
+};
+
+struct BertMoeShape {
+  std::int64_t num_experts = 0;                  ///< E
+  std::int64_t experts_per_token = 0;            ///< K
+  std::int64_t expert_width = 0;                 ///< I
+  std::vector<std::int64_t> shared_widths = {};  ///< [L], neurons that always run; empty: none
+};
+
+/// As write_mixtral, for a BERT encoder. No stock class holds one with experts, so `model_type` is
+/// "cleave_bert_moe", which stock loaders refuse; cleave reads it. The rest of the encoder, its
+/// pooler included, keeps names and values.
+/// @throws InvalidArgument  also where the source is no BERT
+void write_bert_moe(const std::filesystem::path& out, const Checkpoint& source,
+                    const BertMoeShape& shape, std::span<const NamedTensor> tensors,
+                    const Provenance& provenance, const WriteSpec& spec);
+
+/// As mixtral_tensors, for write_bert_moe: experts of two matrices and a bias per neuron (zeros
+/// where there is none); the down_bias of the experts is written as it is. Each shared slice has
+/// its own width.
+std::vector<NamedTensor> bert_moe_tensors(const Checkpoint& source,
+                                          std::span<const MoeLayer> layers);
+
+/// Shared neurons of each layer; empty: no layer has any.
+std::vector<std::int64_t> shared_widths(std::span<const MoeLayer> layers);
+
+/// As write_llama_dense, for a BERT encoder: a stock BertModel with narrower FFNs.
+/// @param ffns  [L], none gated, of one width H' and one activation; a missing bias is zero
+void write_bert_dense(const std::filesystem::path& out, const Checkpoint& source,
+                      std::span<const DenseFfn> ffns, const Provenance& provenance,
+                      const WriteSpec& spec);
 
 /// Throws InvalidArgument if `out` exists and `overwrite` is off, FileError if its parent folder is
 /// missing or not writable. For a friendly check before hours of work.

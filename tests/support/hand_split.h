@@ -31,6 +31,8 @@ inline ExpertBank contiguous_bank(const FfnView& ffn, std::int64_t begin, std::i
     bank.neuron_order.push_back(static_cast<std::int32_t>(j));
     if (!ffn.gate.empty()) bank.gate.insert(bank.gate.end(), ffn.gate.row(j), ffn.gate.row(j) + D);
     bank.up.insert(bank.up.end(), ffn.up.row(j), ffn.up.row(j) + D);
+    if (!ffn.gate_bias.empty()) bank.gate_bias.push_back(ffn.gate_bias[j]);
+    if (!ffn.up_bias.empty()) bank.up_bias.push_back(ffn.up_bias[j]);
     for (std::int64_t c = 0; c < D; ++c) bank.down_t.push_back(ffn.down(c, j));
   }
   return bank;
@@ -41,6 +43,7 @@ inline MoeLayer split_by_hand(const FfnView& ffn, const HandSplit& s) {
   const std::int64_t E = s.num_experts, K = s.experts_per_token, D = ffn.up.cols;
   MoeLayer layer;
   layer.experts = contiguous_bank(ffn, s.shared, E, (ffn.up.rows - s.shared) / E);
+  layer.experts.down_bias.assign(ffn.down_bias.begin(), ffn.down_bias.end());
   if (s.shared > 0) layer.shared = contiguous_bank(ffn, 0, 1, s.shared);
   layer.router = {E, D, std::vector<float>(static_cast<std::size_t>(E * D))};
   // Logits of about 1: a softmax that leaves all but one expert out would break a trained model.
@@ -58,7 +61,9 @@ inline DenseFfn first_neurons(const DenseFfn& ffn, std::int64_t hidden) {
   DenseFfn kept = ffn;
   const std::int64_t D = ffn.d_model;
   kept.hidden = hidden;
-  kept.gate.resize(static_cast<std::size_t>(hidden * D));
+  if (!kept.gate.empty()) kept.gate.resize(static_cast<std::size_t>(hidden * D));
+  for (std::vector<float>* bias : {&kept.gate_bias, &kept.up_bias})
+    if (!bias->empty()) bias->resize(static_cast<std::size_t>(hidden));
   kept.up.resize(static_cast<std::size_t>(hidden * D));
   kept.down.clear();
   for (std::int64_t c = 0; c < D; ++c)
