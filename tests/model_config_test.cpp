@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "cleave/error.h"
+#include "decoder_tensors.h"
 
 namespace cleave {
 namespace {
@@ -197,6 +198,120 @@ TEST(ModelCost, AllExpertsOnCostTheDenseModelAndTheRouters) {
   // By hand: attention 64*64*2 + 32*64*2, FFN 3*64*96, two norms; embedding, head, last norm.
   EXPECT_EQ(a.parameters, 2 * (12288 + 18432 + 128) + 2 * 6400 + 64);
   EXPECT_EQ(a.active_parameters, a.parameters - 6400);
+}
+
+json bert() {
+  return {{"model_type", "bert"},     {"architectures", {"BertModel"}},
+          {"vocab_size", 100},        {"hidden_size", 60},
+          {"intermediate_size", 90},  {"num_hidden_layers", 2},
+          {"num_attention_heads", 4}, {"hidden_act", "gelu"},
+          {"layer_norm_eps", 1e-9},   {"max_position_embeddings", 32},
+          {"type_vocab_size", 3}};
+}
+
+TEST(ModelConfig, ReadsABert) {
+  const ModelConfig c = parse(bert());
+  EXPECT_EQ(c.family, Family::kBert);
+  EXPECT_FALSE(c.causal);
+  EXPECT_FALSE(c.has_head);
+  EXPECT_FALSE(c.gated_ffn);
+  EXPECT_FALSE(c.rotary);
+  EXPECT_TRUE(c.layer_norm);
+  EXPECT_EQ(c.norm_place, NormPlace::kAfter);
+  EXPECT_TRUE(c.attention_bias);
+  EXPECT_TRUE(c.mlp_bias);
+  EXPECT_EQ(c.rms_norm_eps, 1e-9);
+  EXPECT_EQ(c.activation, Activation::kGelu);
+  EXPECT_EQ(c.head_dim, 15);  // odd: nothing is rotated
+  EXPECT_EQ(c.type_vocab_size, 3);
+  json without = bert();
+  without["architectures"] = {"BertForMaskedLM"};  // its encoder is read
+  for (const char* key : {"layer_norm_eps", "hidden_act", "type_vocab_size"}) without.erase(key);
+  const ModelConfig defaults = parse(without);
+  EXPECT_EQ(defaults.rms_norm_eps, 1e-12);
+  EXPECT_EQ(defaults.activation, Activation::kGelu);
+  EXPECT_EQ(defaults.type_vocab_size, 2);
+  without["hidden_act"] = "gelu_new";
+  EXPECT_EQ(parse(without).activation, Activation::kGeluTanh);
+  const ModelConfig decoder = parse(llama());
+  EXPECT_TRUE(decoder.causal && decoder.has_head && decoder.gated_ffn && decoder.rotary);
+  EXPECT_FALSE(decoder.layer_norm);
+  EXPECT_EQ(decoder.norm_place, NormPlace::kBefore);
+}
+
+TEST(ModelConfig, RefusesBertsThatAreNoPlainEncoders) {
+  const auto expect = [](const char* key, const json& value, const char* part) {
+    json config = bert();
+    config[key] = value;
+    EXPECT_NE(error_of(config).find(part), std::string::npos) << key << ": " << error_of(config);
+  };
+  expect("position_embedding_type", "relative_key", "absolute");
+  expect("is_decoder", true, "only encoders");
+  expect("add_cross_attention", true, "only encoders");
+  expect("layer_norm_eps", 0.0, "layer_norm_eps");
+  expect("type_vocab_size", -1, "type_vocab_size");
+  expect("hidden_act", "mish", "hidden_act");
+  expect("num_attention_heads", 7, "hidden_size 60 is not a multiple");
+}
+
+TEST(ModelConfig, ReadsABertWithExperts) {
+  json config = bert();
+  config["model_type"] = "cleave_bert_moe";
+  config["architectures"] = {"CleaveBertMoeModel"};
+  EXPECT_NE(error_of(config).find("num_local_experts"), std::string::npos) << error_of(config);
+  config["num_local_experts"] = 8;
+  config["num_experts_per_tok"] = 3;
+  EXPECT_EQ(parse(config).shared_intermediate_size, 0);
+  config["shared_intermediate_size"] = 12;
+  const ModelConfig c = parse(config);
+  EXPECT_EQ(c.num_experts, 8);
+  EXPECT_EQ(c.experts_per_token, 3);
+  EXPECT_EQ(c.shared_width(1), 12);
+  config["shared_intermediate_size"] = {0, 7};
+  EXPECT_EQ(parse(config).shared_intermediate_size, 7);
+  EXPECT_EQ(parse(config).shared_width(0), 0);
+  EXPECT_EQ(parse(config).shared_width(1), 7);
+  config["shared_intermediate_size"] = {1, 2, 3};
+  EXPECT_NE(error_of(config).find("names 3 layers; the model has 2"), std::string::npos);
+  for (const json& bad : {json{1, -2}, json{1, "2"}, json{1, 1ull << 40}}) {
+    config["shared_intermediate_size"] = bad;
+    EXPECT_NE(error_of(config).find("a number of neurons"), std::string::npos) << bad;
+  }
+  config["shared_intermediate_size"] = 12;
+  config["architectures"] = {"BertModel"};
+  EXPECT_NE(error_of(config).find("CleaveBertMoeModel"), std::string::npos);
+}
+
+/// Elements of all tensors.
+std::int64_t stored_elements(const ModelConfig& c) {
+  std::int64_t sum = 0;
+  for (const ExpectedTensor& tensor : decoder_tensors(c)) {
+    std::int64_t count = 1;
+    for (const std::int64_t extent : tensor.shape) count *= extent;
+    sum += count;
+  }
+  return sum;
+}
+
+TEST(ModelConfig, ParametersAreTheElementsOfAllTensors) {
+  json with_experts = bert();
+  with_experts["model_type"] = "cleave_bert_moe";
+  with_experts.erase("architectures");
+  with_experts["num_local_experts"] = 8;
+  with_experts["num_experts_per_tok"] = 3;
+  with_experts["shared_intermediate_size"] = {5, 0};
+  json biased = llama();
+  biased["attention_bias"] = biased["mlp_bias"] = true;
+  for (const json& config : {bert(), with_experts, llama(), biased})
+    EXPECT_EQ(model_cost(parse(config)).parameters, stored_elements(parse(config))) << config;
+
+  const ModelCost dense = model_cost(parse(bert()));  // D 60, H 90, 2 layers
+  EXPECT_EQ(dense.ffn_macs_per_token, 2 * 2 * 60 * 90);
+  EXPECT_EQ(dense.macs_per_token, 2 * (4 * 60 * 60 + 2 * 60 * 90));  // no head
+  const ModelCost moe = model_cost(parse(with_experts));             // I 90
+  EXPECT_EQ(moe.ffn_macs_per_token, 2 * 60 * (2 * 3 * 90 + 5));
+  EXPECT_EQ(moe.whole_ffn_macs, 2 * 60 * (2 * 8 * 90 + 5));
+  EXPECT_EQ(moe.router_macs_per_token, 2 * 8 * 60);
 }
 
 }  // namespace

@@ -11,15 +11,17 @@ struct InspectOptions {
 };
 
 /// Weights read per token when `rho` of the FFN runs, as a speed-up over dense: what decoding one
-/// token at a time can gain at most, since it is bound by the bytes it reads.
-double ceiling(const ModelCost& cost, double dense_ffn, double rho) {
-  const auto active = static_cast<double>(cost.active_parameters);
+/// token at a time can gain at most, since it is bound by the bytes it reads. Encoders have all
+/// tokens at once: of them it is the multiply-adds that count.
+double ceiling(const ModelConfig& c, const ModelCost& cost, double dense_ffn, double rho) {
+  const auto active = static_cast<double>(c.causal ? cost.active_parameters : cost.macs_per_token);
   const double others = active - static_cast<double>(cost.ffn_macs_per_token);
   return (others + dense_ffn) / (others + rho * dense_ffn);
 }
 
 Json export_targets(const ModelConfig& c) {
   Json targets = Json::array();
+  if (is_bert(c.family)) return Json::array({family_name(Family::kBertMoe)});
   if (c.mlp_bias || c.activation != Activation::kSilu)
     return targets;  // stock experts have no biases, and engines hard-code SiLU
   if (!c.attention_bias) targets.push_back("mixtral");
@@ -51,7 +53,7 @@ Json to_json(const InspectOptions& options, const Checkpoint& checkpoint) {
             {"head_dim", c.head_dim},
             {"vocab_size", c.vocab_size},
             {"max_position_embeddings", c.max_position_embeddings},
-            {"rope", rope_json(c.rope)},
+            {"rope", c.rotary ? rope_json(c.rope) : Json(nullptr)},
             {"activation", activation_name(c.activation)},
             {"tied_embeddings", c.tie_word_embeddings},
             {"dtype", dtype_name(c.dtype)},
@@ -66,14 +68,14 @@ Json to_json(const InspectOptions& options, const Checkpoint& checkpoint) {
             {"shared_intermediate_size", c.shared_intermediate_size},
             {"shared_widths", c.shared_widths},
             {"export_targets", export_targets(c)}};
-  if (!c.shared_widths.empty()) {
+  if (!c.shared_widths.empty() && !is_bert(c.family)) {
     ModelConfig stock = c;
     stock.shared_widths.clear();
     json["stock_macs_per_token"] = model_cost(stock).macs_per_token;
   }
   Json ceilings = Json::object();
   for (const char* rho : {"0.25", "0.50", "0.75"})
-    ceilings[rho] = ceiling(cost, ffn, std::stod(rho));
+    ceilings[rho] = ceiling(c, cost, ffn, std::stod(rho));
   json["speedup_ceiling"] = ceilings;
   if (const auto made = read_provenance(checkpoint.directory());
       made && checkpoint.format() == Checkpoint::Format::kSafetensors) {
@@ -125,10 +127,14 @@ std::string to_text(const Json& j, const ModelConfig& config) {
   }
   text += "  can be written as:";
   for (const Json& target : j["export_targets"]) text += " " + target.get<std::string>();
-  text += j["export_targets"].empty()
-              ? " nothing yet (biases, or an activation that stock MoE classes lack)\n"
-              : " (opens in Transformers, vLLM; llama.cpp after its own conversion)\n";
-  text += "  decode speed-up at most, by active share of the FFN:";
+  if (is_bert(config.family))
+    text += " (opens in cleave; no stock class holds an encoder with experts)\n";
+  else
+    text += j["export_targets"].empty()
+                ? " nothing yet (biases, or an activation that stock MoE classes lack)\n"
+                : " (opens in Transformers, vLLM; llama.cpp after its own conversion)\n";
+  text += fmt::format("  {}speed-up at most, by active share of the FFN:",
+                      config.causal ? "decode " : "");
   for (const auto& [rho, value] : j["speedup_ceiling"].items())
     text += fmt::format("  {} {:.2f}x", rho, value.get<double>());
   return text + "\n";
