@@ -215,6 +215,8 @@ std::shared_ptr<TransformerImpl> TransformerImpl::load(const Checkpoint& checkpo
                                                        at::ScalarType dtype, at::Device device) {
   require(at::isFloatingType(dtype), "Transformer: dtype is {}; expected a floating-point type",
           c10::toString(dtype));
+  require(checkpoint.config().causal && checkpoint.config().has_head,
+          "Transformer: {} is an encoder; only decoders are trained", checkpoint.path().string());
   const Loader load{checkpoint, dtype, device};
   std::shared_ptr<TransformerImpl> model(new TransformerImpl());
   model->config_ = checkpoint.config();

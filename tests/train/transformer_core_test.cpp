@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <torch/torch.h>
 
+#include "cleave/error.h"
 #include "cleave/train/transformer.h"
 #include "support/paths.h"
 #include "train/core_logits.h"
@@ -29,6 +30,16 @@ TEST(TransformerAndCore, AgreeOnTinyModels) {
   for (const char* name : {"llama", "llama_long", "mixtral", "granitemoeshared"}) {
     SCOPED_TRACE(name);
     expect_equal(cleave::testing::source_dir() / "tests" / "golden" / "logits" / name, 40);
+  }
+}
+
+TEST(TransformerAndCore, EncodersAreNotTrained) {
+  const auto path = cleave::testing::source_dir() / "tests" / "golden" / "encoder" / "bert";
+  try {
+    TransformerImpl::load(Checkpoint::open(path));
+    FAIL() << "an encoder was loaded";
+  } catch (const InvalidArgument& error) {
+    EXPECT_NE(std::string(error.what()).find("is an encoder"), std::string::npos) << error.what();
   }
 }
 

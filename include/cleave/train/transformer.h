@@ -34,6 +34,7 @@ class TransformerImpl : public torch::nn::Module {
   /// of the dense FFN again, and with gate = hard its router epsilon too, so that training sees the
   /// mask and not its approximation.
   /// @throws FileError  a tensor is missing or has the wrong shape
+  /// @throws InvalidArgument  the model is an encoder, or `dtype` no floating-point type
   static std::shared_ptr<TransformerImpl> load(const Checkpoint& checkpoint,
                                                at::ScalarType dtype = at::kFloat,
                                                at::Device device = at::kCPU);
