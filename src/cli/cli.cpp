@@ -175,7 +175,9 @@ WeightType resolve_weights(const std::string& weights, const Checkpoint& checkpo
     throw InvalidArgument("--weights: unknown value '" + weights +
                           "'; choose one of auto, f32, bf16, f16, int8, int4");
   for (const TensorInfo& tensor : checkpoint.tensors()) {
-    if (tensor.shape.size() != 2 || tensor.name.find("model.layers.0.") != 0) continue;
+    const bool in_a_layer =
+        tensor.name.starts_with("model.layers.0.") || tensor.name.starts_with("encoder.layer.0.");
+    if (tensor.shape.size() != 2 || !in_a_layer) continue;
     if (tensor.dtype == DType::kF32) return WeightType::kF32;
     if (tensor.dtype == DType::kBF16) return WeightType::kBF16;
     break;
