@@ -19,15 +19,28 @@ CLEAVE_INLINE Floats clamp(const Floats& x, float low, float high) {
 
 CLEAVE_INLINE Floats exp(const Floats& x) { return exp_in_range(clamp(x, -87.3f, 88.3f)); }
 
+/// The share of a normal distribution beyond |x|: exp(-x^2 / 2) times a polynomial in
+/// 1 / (1 + 0.28 |x|), fitted for the least largest error, 1e-8. Beyond 12 it is what it is there.
+CLEAVE_INLINE Floats upper_tail(const Floats& x) {
+  const Floats size = select(x < Floats{}, -x, x), most = splat(12.0f);
+  const Floats a = select(size > most, most, size);
+  const Floats t = 1.0f / (1.0f + 0.28f * a);
+  Floats p = splat(-0.10580825f);
+  p = p * t + 0.38987404f;
+  p = p * t + -0.23699350f;
+  p = p * t + 0.26891018f;
+  p = p * t + 0.067496746f;
+  p = p * t + 0.11652078f;
+  return p * t * exp_in_range(-0.5f * a * a);
+}
+
 template <Activation kActivation>
 CLEAVE_INLINE Floats act(const Floats& x) {
   if constexpr (kActivation == Activation::kSilu) {
     return x / (1.0f + exp(-x));
   } else if constexpr (kActivation == Activation::kGelu) {
-    float y[16];
-    store(x, y);
-    for (float& v : y) v = 0.5f * v * (1.0f + ::erff(v * 0.70710678f));
-    return load<Floats>(y);
+    const Floats q = upper_tail(x);
+    return x * select(x > Floats{}, 1.0f - q, q);
   } else if constexpr (kActivation == Activation::kGeluTanh) {  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
     return x / (1.0f + exp(-1.5957691216f * (x + 0.044715f * x * x * x)));
   } else if constexpr (kActivation == Activation::kRelu) {
