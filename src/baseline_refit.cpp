@@ -28,6 +28,7 @@ void refit_baseline(Model& dense, const TokenWindows& calibration, const Baselin
     for (const std::int32_t j : bank.neuron_order)
       layer.expert_of_neuron[j] = BaselineLayer::kShared;
     layer.down_t = std::move(bank.down_t);
+    layer.down_bias = std::move(bank.down_bias);
   }
 }
 

@@ -148,9 +148,10 @@ void add_split_rows(std::int64_t hidden, double rho, std::vector<BaselineSpec>& 
   }
 }
 
-/// The FFN with the refitted columns of `down`, if there are some.
+/// The FFN with the refitted columns of `down` and its bias, if there are some.
 DenseFfn repaired(DenseFfn ffn, const BaselineLayer& layer) {
   if (layer.down_t.empty()) return ffn;
+  if (!layer.down_bias.empty()) ffn.down_bias = layer.down_bias;
   const float* row = layer.down_t.data();
   for (std::int64_t j = 0; j < ffn.hidden; ++j) {
     if (layer.expert_of_neuron[j] != BaselineLayer::kShared) continue;
@@ -158,6 +159,12 @@ DenseFfn repaired(DenseFfn ffn, const BaselineLayer& layer) {
     row += ffn.d_model;
   }
   return ffn;
+}
+
+/// Of a dense model: 3, or 2 without a gate.
+std::int64_t ffn_matrices(const ModelConfig& config) {
+  const std::int64_t matrix = config.num_layers * config.intermediate_size * config.hidden_size;
+  return model_cost(config).whole_ffn_macs / matrix;
 }
 
 /// Mean over layers, where all have one.
@@ -175,21 +182,20 @@ std::optional<RouterQuality> mean_quality(const Baseline& baseline) {
   return mean;
 }
 
-QualityRow row_of(const Baseline& baseline, const ModelConfig& config, const EvalResult& result) {
+QualityRow row_of(const Baseline& baseline, const ModelConfig& config, const Quality& quality) {
   const BaselineSpec& spec = baseline.spec;
-  const double active_share =
-      baseline_active_share(spec, config.intermediate_size, config.hidden_size);
-  return {.method = spec.method,
-          .rho = spec.rho,
-          .active_share = active_share,
-          .deployable = spec.deployable,
-          .stock = has_stock_class(spec.router),
-          .routed = spec.router != BaselineRouter::kNone,
-          .perplexity = result.perplexity,
-          .kl = result.kl,
-          .top1_agreement = result.top1_agreement,
-          .router = mean_quality(baseline),
-          .router_share = active_share - spec.rho};
+  QualityRow row;
+  static_cast<Quality&>(row) = quality;
+  row.method = spec.method;
+  row.rho = spec.rho;
+  row.active_share = baseline_active_share(spec, config.intermediate_size, config.hidden_size,
+                                           ffn_matrices(config));
+  row.deployable = spec.deployable;
+  row.stock = has_stock_class(spec.router);
+  row.routed = spec.router != BaselineRouter::kNone;
+  row.router = mean_quality(baseline);
+  row.router_share = row.active_share - spec.rho;
+  return row;
 }
 
 }  // namespace
@@ -253,7 +259,9 @@ HiddenStates baseline_states(Model& dense, const Baseline& baseline, const Token
   return {config.hidden_size, std::move(stream).finish()};
 }
 
-double baseline_active_share(const BaselineSpec& spec, std::int64_t hidden, std::int64_t d_model) {
+double baseline_active_share(const BaselineSpec& spec, std::int64_t hidden, std::int64_t d_model,
+                             std::int64_t matrices) {
+  const auto of_ffn = static_cast<double>(matrices);
   const auto H = static_cast<double>(hidden), D = static_cast<double>(d_model);
   const auto E = static_cast<double>(spec.num_experts);
   double router = 0.0;
@@ -268,16 +276,16 @@ double baseline_active_share(const BaselineSpec& spec, std::int64_t hidden, std:
       break;
     case BaselineRouter::kMass: {
       const double width = (H - static_cast<double>(spec.shared)) / E;
-      router = 2.0 * E * D * std::min({static_cast<double>(spec.rank), width, D});
+      router = (of_ffn - 1.0) * E * D * std::min({static_cast<double>(spec.rank), width, D});
       break;
     }
     case BaselineRouter::kRepresentative:
-      router = 2.0 * E * D;
+      router = (of_ffn - 1.0) * E * D;
       break;
     default:
       break;
   }
-  return spec.rho + router / (3.0 * H * D);
+  return spec.rho + router / (of_ffn * H * D);
 }
 
 std::vector<QualityRow> measure_baselines(Model& dense, std::span<const Baseline> baselines,

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "fail.h"
+#include "hidden_distance.h"
 #include "kernels/dispatch.h"
 #include "support/buffer.h"
 
@@ -23,7 +24,9 @@ double seconds_since(std::chrono::steady_clock::time_point start) {
 class Runner {
  public:
   Runner(Model& model, std::int64_t context, const HiddenStates* states = nullptr)
-      : model_(model), states_(states), logits_(kLogitRows * model.config().vocab_size) {
+      : model_(model),
+        states_(states),
+        logits_(model.config().has_head ? kLogitRows * model.config().vocab_size : 0) {
     if (states != nullptr) return;
     cache_.emplace(model.config(), context);
     hidden_ = Buffer(context * model.config().hidden_size);
@@ -44,6 +47,10 @@ class Runner {
   }
 
   const float* hidden() const { return current_; }
+  /// Of the window, [context, D].
+  MatrixView<const float> states(std::int64_t context) const {
+    return {current_, context, model_.config().hidden_size};
+  }
 
   /// Logits of positions [begin, begin + count) of the window; valid until the next call.
   MatrixView<const float> logits(std::int64_t begin, std::int64_t count) {
@@ -70,6 +77,8 @@ struct Sums {
   double nll = 0.0;
   double kl = 0.0;
   std::int64_t agreements = 0;
+  double cosine = 0.0;  // over tokens
+  double pooled = 0.0;  // over windows
 };
 
 // Adds positions [begin, begin + logits.rows) of a window. Rows are summed in order, so the result
@@ -91,6 +100,19 @@ void add_positions(std::span<const std::int32_t> window, std::int64_t begin,
   for (const Comparison& c : compared) {
     sums.kl += c.kl;
     sums.agreements += c.best_of_reference == c.best_of_model ? 1 : 0;
+  }
+}
+
+/// All positions of a window.
+void add_predictions(std::span<const std::int32_t> window, Runner& model, Runner* reference,
+                     const ParallelFor& parallel, Sums& sums) {
+  const auto predicted = static_cast<std::int64_t>(window.size()) - 1;
+  for (std::int64_t begin = 0; begin < predicted; begin += kLogitRows) {
+    const std::int64_t count = std::min(kLogitRows, predicted - begin);
+    add_positions(
+        window, begin, model.logits(begin, count),
+        reference != nullptr ? reference->logits(begin, count) : MatrixView<const float>(),
+        parallel, sums);
   }
 }
 
@@ -137,6 +159,21 @@ class LoadCounter {
   std::vector<std::vector<std::int64_t>> counts_;  // [L][E]
 };
 
+void check_heads(const ModelConfig& model, const ModelConfig* reference) {
+  if (reference == nullptr) return;
+  if (model.has_head != reference->has_head)
+    fail_argument(
+        "evaluate: {} ends in logits, {} in hidden states; compare a model with the dense one it "
+        "was made of",
+        model.has_head ? "the model" : "the reference",
+        model.has_head ? "the reference" : "the model");
+  if (!model.has_head && model.hidden_size != reference->hidden_size)
+    fail_argument(
+        "evaluate: the model's hidden states have width D = {}, the reference's {}; compare a "
+        "model with the dense one it was made of",
+        model.hidden_size, reference->hidden_size);
+}
+
 void check(const Model& model, const TokenWindows& text, const Model* reference) {
   if (text.context < 2 || text.count() < 1)
     fail_argument("evaluate: {} windows of {} tokens; expected at least one of at least 2",
@@ -147,6 +184,7 @@ void check(const Model& model, const TokenWindows& text, const Model* reference)
         "evaluate: the model has {} tokens in its vocabulary, the reference {}; compare "
         "models that share a tokenizer",
         V, reference->config().vocab_size);
+  check_heads(model.config(), reference != nullptr ? &reference->config() : nullptr);
   for (const std::int32_t id : text.tokens)
     if (id < 0 || id >= V)
       fail_argument(
@@ -170,7 +208,28 @@ double perplexity(const Sums& sums, std::int64_t positions) {
   return std::exp(sums.nll / static_cast<double>(positions));
 }
 
+/// 0 where nothing ran.
+double rate(std::int64_t tokens, double elapsed_s) {
+  return elapsed_s > 0.0 ? static_cast<double>(tokens) / elapsed_s : 0.0;
+}
+
+void set_quality(const Sums& sums, EvalResult& result) {
+  if (!result.has_head) {
+    result.cosine_distance = sums.cosine / static_cast<double>(result.tokens);
+    result.pooled_distance = sums.pooled / static_cast<double>(result.windows);
+    return;
+  }
+  const auto positions = static_cast<double>(result.predicted_tokens);
+  result.mean_nll = sums.nll / positions;
+  result.perplexity = std::exp(result.mean_nll);
+  if (!result.has_reference) return;
+  result.kl = sums.kl / positions;
+  result.top1_agreement = static_cast<double>(sums.agreements) / positions;
+}
+
 }  // namespace
+
+const char* divergence_name(bool has_head) { return has_head ? "KL" : "cosine distance"; }
 
 HiddenStates hidden_states(Model& model, const TokenWindows& text, const ForwardHooks& hooks) {
   check(model, text, nullptr);
@@ -200,36 +259,39 @@ EvalResult evaluate(Model& model, const TokenWindows& text, const EvalSpec& spec
   if (reference != nullptr) against.emplace(*reference, text.context, spec.reference_states);
   LoadCounter load(model);
   const ForwardHooks hooks = load.hooks(spec.hooks);
+  EvalResult result;
+  result.has_head = model.config().has_head;
+  result.has_reference = reference != nullptr;
+  if (!result.has_head && !result.has_reference)
+    fail_argument(
+        "evaluate: the model has no head, so no perplexity; give the dense model it was made of as "
+        "reference");
   Sums sums;
-  const std::int64_t predicted = text.context - 1;
+  const std::int64_t context = text.context, predicted = context - 1;
   for (std::int64_t w = 0; w < text.count(); ++w) {
     const std::span<const std::int32_t> window = text.window(w);
     runner.run(window, w, hooks);
     if (against) against->run(window, w);
-    for (std::int64_t begin = 0; begin < predicted; begin += kLogitRows) {
-      const std::int64_t count = std::min(kLogitRows, predicted - begin);
-      add_positions(window, begin, runner.logits(begin, count),
-                    against ? against->logits(begin, count) : MatrixView<const float>(),
-                    model.parallel(), sums);
+    if (result.has_head) {
+      add_predictions(window, runner, against ? &*against : nullptr, model.parallel(), sums);
+    } else {
+      sums.cosine += summed_distance(against->states(context), runner.states(context));
+      sums.pooled += pooled_distance(against->states(context), runner.states(context));
     }
-    if (spec.progress) spec.progress(w + 1, text.count(), perplexity(sums, (w + 1) * predicted));
+    if (spec.progress)
+      spec.progress(w + 1, text.count(),
+                    result.has_head ? perplexity(sums, (w + 1) * predicted)
+                                    : sums.cosine / static_cast<double>((w + 1) * context));
   }
 
-  EvalResult result;
   result.windows = text.count();
-  result.tokens = text.count() * text.context;
-  result.predicted_tokens = text.count() * predicted;
-  const auto positions = static_cast<double>(result.predicted_tokens);
-  result.mean_nll = sums.nll / positions;
-  result.perplexity = std::exp(result.mean_nll);
+  result.tokens = text.count() * context;
+  result.predicted_tokens = result.has_head ? text.count() * predicted : 0;
+  set_quality(sums, result);
   result.elapsed_s = runner.elapsed_s();
-  result.tokens_per_s = static_cast<double>(result.tokens) / result.elapsed_s;
+  result.tokens_per_s = rate(result.tokens, result.elapsed_s);
   load.result(result);
-  if (!against) return result;
-  result.has_reference = true;
-  result.kl = sums.kl / positions;
-  result.top1_agreement = static_cast<double>(sums.agreements) / positions;
-  result.reference_tokens_per_s = static_cast<double>(result.tokens) / against->elapsed_s();
+  if (against) result.reference_tokens_per_s = rate(result.tokens, against->elapsed_s());
   return result;
 }
 

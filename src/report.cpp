@@ -16,19 +16,20 @@ using OrderedJson = nlohmann::ordered_json;
 
 // Budgets of the rows are rounded to whole experts; within so much they are the same.
 constexpr double kSameBudget = 0.02;
-// A conversion that routes nothing may be one of the rows; then their KL differs by rounding.
-constexpr double kSameKl = 1e-3;
+// A conversion that routes nothing may be one of the rows; then they differ by rounding.
+constexpr double kSameDivergence = 1e-3;
 
 bool is_pruning(const QualityRow& row) {
   return row.deployable && !row.routed && !row.ours && row.rho < 1.0;
 }
 
-/// The lowest KL among the rows that `wanted` picks and that run no more than `ours`.
+/// The least divergence among the rows that `wanted` picks and that run no more than `ours`.
 template <typename Wanted>
 const QualityRow* best_row(const TextReport& text, const QualityRow& ours, const Wanted& wanted) {
   const QualityRow* best = nullptr;
   for (const QualityRow& row : text.rows)
-    if (wanted(row) && row.rho <= ours.rho + kSameBudget && (best == nullptr || row.kl < best->kl))
+    if (wanted(row) && row.rho <= ours.rho + kSameBudget &&
+        (best == nullptr || row.divergence() < best->divergence()))
       best = &row;
   return best;
 }
@@ -41,6 +42,7 @@ std::string joined(const std::vector<std::string>& parts) {
 
 /// The conversion against what it has to beat, a phrase for each text.
 struct Comparisons {
+  std::string measure;                     // by which
   bool routed = true;                      // whether the conversion is
   std::vector<std::string> losses, wins;   // against the best pruning
   std::vector<std::string> alone, better;  // without any; the best split that is better
@@ -48,24 +50,27 @@ struct Comparisons {
 
 Comparisons compare(const ConversionReport& report) {
   Comparisons found;
+  found.measure = divergence_name(report.has_head);
   for (const TextReport& text : report.texts)
     for (const QualityRow& ours : text.rows) {
       if (!ours.ours) continue;
       found.routed = ours.routed;
       const auto against = [&](const QualityRow& row) {
-        return fmt::format("{} against {} of {} on {}", short_number(ours.kl), short_number(row.kl),
-                           row.method, text.name);
+        return fmt::format("{} against {} of {} on {}", short_number(ours.divergence()),
+                           short_number(row.divergence()), row.method, text.name);
       };
       const QualityRow* pruning = best_row(text, ours, is_pruning);
       const QualityRow* routed = best_row(text, ours, [](const QualityRow& row) {
         return row.deployable && row.routed && !row.ours;
       });
-      const double beaten_below = ours.routed ? ours.kl : ours.kl * (1.0 - kSameKl);
+      const double own = ours.divergence();
+      const double beaten_below = ours.routed ? own : own * (1.0 - kSameDivergence);
       if (pruning == nullptr)
-        found.alone.push_back(fmt::format("{} on {}", short_number(ours.kl), text.name));
+        found.alone.push_back(fmt::format("{} on {}", short_number(own), text.name));
       else
-        (pruning->kl < beaten_below ? found.losses : found.wins).push_back(against(*pruning));
-      if (routed != nullptr && routed->kl < ours.kl) found.better.push_back(against(*routed));
+        (pruning->divergence() < beaten_below ? found.losses : found.wins)
+            .push_back(against(*pruning));
+      if (routed != nullptr && routed->divergence() < own) found.better.push_back(against(*routed));
     }
   return found;
 }
@@ -73,35 +78,46 @@ Comparisons compare(const ConversionReport& report) {
 std::string routed_verdict(const Comparisons& found, const std::string& budget) {
   if (!found.losses.empty()) {
     std::string text = fmt::format(
-        "Static pruning wins: at {} of the FFN this conversion has KL {}; prune instead, or "
+        "Static pruning wins: at {} of the FFN this conversion has {} {}; prune instead, or "
         "calibrate on text like this.",
-        budget, joined(found.losses));
+        budget, found.measure, joined(found.losses));
     if (!found.wins.empty()) text += fmt::format(" It loses elsewhere: {}.", joined(found.wins));
     return text;
   }
   if (!found.wins.empty())
     return fmt::format(
-        "This conversion beats static pruning on every text: at {} of the FFN its KL is {}.",
-        budget, joined(found.wins));
-  return fmt::format(
-      "KL {} at {} of the FFN; no static pruning was measured beside it, so whether routing pays "
+        "This conversion beats static pruning on every text: at {} of the FFN its {} is {}.",
+        budget, found.measure, joined(found.wins));
+  return capitalised(fmt::format(
+      "{} {} at {} of the FFN; no static pruning was measured beside it, so whether routing pays "
       "is open.",
-      joined(found.alone), budget);
+      found.measure, joined(found.alone), budget));
 }
 
 std::string pruned_verdict(const Comparisons& found, const std::string& budget) {
   if (!found.losses.empty())
     return fmt::format(
-        "Other pruning wins: at {} of the FFN this conversion, which routes nothing, has KL {}.",
-        budget, joined(found.losses));
+        "Other pruning wins: at {} of the FFN this conversion, which routes nothing, has {} {}.",
+        budget, found.measure, joined(found.losses));
   if (!found.wins.empty())
     return fmt::format(
         "No other pruning does better: at {} of the FFN this conversion, which routes nothing, has "
-        "KL {}.",
-        budget, joined(found.wins));
-  return fmt::format(
-      "KL {} at {} of the FFN, where nothing is routed; no other pruning was measured beside it.",
-      joined(found.alone), budget);
+        "{} {}.",
+        budget, found.measure, joined(found.wins));
+  return capitalised(fmt::format(
+      "{} {} at {} of the FFN, where nothing is routed; no other pruning was measured beside it.",
+      found.measure, joined(found.alone), budget));
+}
+
+void add_quality(const Quality& quality, OrderedJson& json) {
+  if (!quality.has_head) {
+    json["cosine_distance"] = quality.cosine_distance;
+    json["pooled_distance"] = quality.pooled_distance;
+    return;
+  }
+  json["perplexity"] = quality.perplexity;
+  json["kl"] = quality.kl;
+  json["top1_agreement"] = quality.top1_agreement;
 }
 
 OrderedJson row_json(const QualityRow& row) {
@@ -111,10 +127,8 @@ OrderedJson row_json(const QualityRow& row) {
                    {"deployable", row.deployable},
                    {"stock", row.stock},
                    {"routed", row.routed},
-                   {"ours", row.ours},
-                   {"perplexity", row.perplexity},
-                   {"kl", row.kl},
-                   {"top1_agreement", row.top1_agreement}};
+                   {"ours", row.ours}};
+  add_quality(row, json);
   if (row.router) {
     json["router_share"] = row.router_share;
     json["router_recall"] = row.router->recall;
@@ -125,13 +139,12 @@ OrderedJson row_json(const QualityRow& row) {
 
 OrderedJson sweep_json(const TextReport& text) {
   OrderedJson points = OrderedJson::array();
-  for (const ActivePoint& point : text.sweep)
+  for (const ActivePoint& point : text.sweep) {
     points.push_back({{"experts_per_token", point.experts_per_token},
                       {"rho", point.rho},
-                      {"active_share", point.active_share},
-                      {"perplexity", point.perplexity},
-                      {"kl", point.kl},
-                      {"top1_agreement", point.top1_agreement}});
+                      {"active_share", point.active_share}});
+    add_quality(point, points.back());
+  }
   return points;
 }
 
@@ -164,6 +177,29 @@ OrderedJson layers_json(const ConversionReport& report) {
 
 }  // namespace
 
+std::string capitalised(std::string text) {
+  if (text[0] >= 'a' && text[0] <= 'z') text[0] = static_cast<char>(text[0] - 'a' + 'A');
+  return text;
+}
+
+std::string quality_convention(bool has_head) {
+  return has_head ? "disjoint windows, no BOS, every token but a window's first is predicted; "
+                    "KL(dense || row) in nats"
+                  : "disjoint windows with their special tokens; cosine distance: mean over all "
+                    "tokens of 1 - cos of the dense model's and the row's final hidden states; "
+                    "pooled: of their means over a window";
+}
+
+std::vector<QualityColumn> quality_columns(bool has_head) {
+  const auto top1 = [](double value) { return fmt::format("{:.3f}", value); };
+  if (!has_head)
+    return {{"cosine distance", &Quality::cosine_distance, true, short_number},
+            {"pooled", &Quality::pooled_distance, false, short_number}};
+  return {{"perplexity", &Quality::perplexity, false, short_number},
+          {"KL", &Quality::kl, true, short_number},
+          {"top-1", &Quality::top1_agreement, false, top1}};
+}
+
 std::string share_percent(double share) { return fmt::format("{:.4g} %", 100.0 * share); }
 
 std::string short_number(double value) {
@@ -177,7 +213,7 @@ std::string verdict(const ConversionReport& report) {
   std::string first = found.routed ? routed_verdict(found, share_percent(report.rho))
                                    : pruned_verdict(found, share_percent(report.rho));
   if (!found.better.empty())
-    first += fmt::format(" Another split does better: KL {}.", joined(found.better));
+    first += fmt::format(" Another split does better: {} {}.", found.measure, joined(found.better));
   return first;
 }
 
@@ -192,10 +228,9 @@ std::string report_json(const ConversionReport& report) {
       {"model", report.model},
       {"dense", report.dense},
       {"tool_version", report.tool_version},
-      {"convention",
-       "disjoint windows, no BOS, every token but a window's first is predicted; KL(dense || row) "
-       "in nats; rho: share of the FFN's neurons that runs per token; baselines are fitted on the "
-       "dense model's stream"},
+      {"convention", quality_convention(report.has_head) +
+                         "; rho: share of the FFN's neurons that runs per token; baselines are "
+                         "fitted on the dense model's stream"},
       {"notices", report.notices},
       {"rho", report.rho},
       {"seed", report.seed},

@@ -41,26 +41,35 @@ const char* css_of(const QualityRow& row) {
   return row.ours ? "ours" : row.deployable ? "base" : "oracle";
 }
 
-std::string table_of(const TextReport& text) {
+std::string table_of(const TextReport& text, const ConversionReport& report) {
+  const std::vector<QualityColumn> columns = quality_columns(report.has_head);
   double worst = 0.0;
-  for (const QualityRow& row : text.rows) worst = std::max(worst, row.kl);
+  for (const QualityRow& row : text.rows) worst = std::max(worst, row.divergence());
   std::string out =
       R"(<div class="scroll"><table><tr><th>#</th><th class="name">method</th><th class="name">kind</th>)"
-      "<th>rho</th><th>FFN multiply-adds</th><th>perplexity</th><th>KL</th><th>top-1</th></tr>\n";
+      "<th>rho</th><th>FFN multiply-adds</th>";
+  for (const QualityColumn& column : columns) out += fmt::format("<th>{}</th>", column.heading);
+  out += "</tr>\n";
   for (std::size_t i = 0; i < text.rows.size(); ++i) {
     const QualityRow& row = text.rows[i];
     out += fmt::format(
-        R"(<tr{}><td>{}</td><td class="name">{}</td><td class="name">{}</td><td>{:.3g}</td><td>{}</td>)"
-        R"(<td>{}</td><td class="bar" style="--w:{:.1f}%">{}</td><td>{:.3f}</td></tr>)"
-        "\n",
+        R"(<tr{}><td>{}</td><td class="name">{}</td><td class="name">{}</td><td>{:.3g}</td><td>{}</td>)",
         row.ours ? R"( class="ours")" : "", i, escape_markup(row.method), row_kind(row), row.rho,
-        share_percent(row.active_share), short_number(row.perplexity),
-        worst > 0.0 ? 100.0 * row.kl / worst : 0.0, short_number(row.kl), row.top1_agreement);
+        share_percent(row.active_share));
+    for (const QualityColumn& column : columns) {
+      const std::string bar = fmt::format(R"( class="bar" style="--w:{:.1f}%")",
+                                          worst > 0.0 ? 100.0 * row.divergence() / worst : 0.0);
+      out +=
+          fmt::format("<td{}>{}</td>", column.decides ? bar : "", column.text(row.*column.value));
+    }
+    out += "</tr>\n";
   }
   return out + "</table></div>\n";
 }
 
-bool can_be_drawn(const QualityRow& row) { return row.kl > 0.0 && std::isfinite(row.kl); }
+bool can_be_drawn(const Quality& row) {
+  return row.divergence() > 0.0 && std::isfinite(row.divergence());
+}
 
 /// Heights of labels that want to stand at `wanted` (ascending): moved down until none touches the
 /// one above, then up where they have left the plot.
@@ -81,59 +90,60 @@ int plot_height(std::size_t rows) {
 /// Names in the margin, each with a line to its point.
 void label_points(const std::vector<const QualityRow*>& rows, SvgPlot& plot) {
   std::vector<double> heights;
-  for (const QualityRow* row : rows) heights.push_back(plot.y(row->kl));
+  for (const QualityRow* row : rows) heights.push_back(plot.y(row->divergence()));
   heights = spread(std::move(heights), plot_height(rows.size()) - 46.0);
   const double at = kPlotWidth - kNameWidth + 6;
   for (std::size_t i = 0; i < rows.size(); ++i) {
-    plot.leader(plot.x(rows[i]->active_share), plot.y(rows[i]->kl), at, heights[i]);
+    plot.leader(plot.x(rows[i]->active_share), plot.y(rows[i]->divergence()), at, heights[i]);
     plot.text(at + 4, heights[i] + 4, rows[i]->method, "start");
   }
 }
 
-bool can_be_drawn(const ActivePoint& point) { return point.kl > 0.0 && std::isfinite(point.kl); }
-
 /// The conversion over its active share, one point for each K.
-void draw_sweep(const TextReport& text, SvgPlot& plot) {
+void draw_sweep(const TextReport& text, const char* measure, SvgPlot& plot) {
   std::vector<std::pair<double, double>> points;
   for (const ActivePoint& point : text.sweep)
-    if (can_be_drawn(point)) points.emplace_back(point.active_share, point.kl);
+    if (can_be_drawn(point)) points.emplace_back(point.active_share, point.divergence());
   if (points.size() < 2) return;
   plot.line(points, "ours");
   for (const ActivePoint& point : text.sweep) {
     if (!can_be_drawn(point)) continue;
     const std::string name = fmt::format("K = {}", point.experts_per_token);
-    plot.point(point.active_share, point.kl, "ours",
-               fmt::format("{}: KL {}", name, short_number(point.kl)));
+    plot.point(point.active_share, point.divergence(), "ours",
+               fmt::format("{}: {} {}", name, measure, short_number(point.divergence())));
     if (std::none_of(text.rows.begin(), text.rows.end(), [&](const QualityRow& row) {
           return row.ours && row.active_share == point.active_share;
         }))
-      plot.text(plot.x(point.active_share) - 8, plot.y(point.kl) + 16, name, "end");
+      plot.text(plot.x(point.active_share) - 8, plot.y(point.divergence()) + 16, name, "end");
   }
 }
 
-/// KL over the active share.
-std::string quality_plot(const TextReport& text) {
+/// KL, or the cosine distance, over the active share.
+std::string quality_plot(const TextReport& text, bool has_head) {
+  const char* measure = divergence_name(has_head);
   std::vector<const QualityRow*> rows;
   for (const QualityRow& row : text.rows)
     if (can_be_drawn(row)) rows.push_back(&row);
   if (rows.empty()) return {};  // nothing but the dense model
-  std::stable_sort(rows.begin(), rows.end(), [](auto* a, auto* b) { return a->kl > b->kl; });
-  double least = rows.back()->kl, most = rows.front()->kl;
+  std::stable_sort(rows.begin(), rows.end(),
+                   [](auto* a, auto* b) { return a->divergence() > b->divergence(); });
+  double least = rows.back()->divergence(), most = rows.front()->divergence();
   for (const ActivePoint& point : text.sweep)
     if (can_be_drawn(point)) {
-      least = std::min(least, point.kl);
-      most = std::max(most, point.kl);
+      least = std::min(least, point.divergence());
+      most = std::max(most, point.divergence());
     }
   SvgPlot plot({"share of the dense FFN's multiply-adds, routers included", 0.0, 1.1},
-               {"KL to the dense model, nats", least / 1.6, most * 1.6, true}, kPlotWidth,
-               plot_height(rows.size()), kNameWidth);
+               {fmt::format("{} to the dense model{}", measure, has_head ? ", nats" : ""),
+                least / 1.6, most * 1.6, true},
+               kPlotWidth, plot_height(rows.size()), kNameWidth);
   label_points(rows, plot);
-  draw_sweep(text, plot);
+  draw_sweep(text, measure, plot);
   for (const bool ours : {false, true})  // ours on top
     for (const QualityRow* row : rows)
       if (row->ours == ours)
-        plot.point(row->active_share, row->kl, css_of(*row),
-                   fmt::format("{}: KL {}", row->method, short_number(row->kl)));
+        plot.point(row->active_share, row->divergence(), css_of(*row),
+                   fmt::format("{}: {} {}", row->method, measure, short_number(row->divergence())));
   return plot.str();
 }
 
@@ -266,19 +276,18 @@ std::string report_html(const ConversionReport& report) {
         text.sweep.size() < 2 ? ""
                               : " The line is this conversion with other numbers of experts, set "
                                 "at run time; it was repaired for its own.",
-        quality_plot(text), table_of(text));
+        quality_plot(text, report.has_head), table_of(text, report));
   return fmt::format(
       "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">"
       "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">"
       "<title>{0}: conversion report</title><style>{1}</style></head><body>\n"
       "<p class=\"verdict\">{2}</p>\n<h1>{0}</h1>\n"
       "<p class=\"soft\">Made of {3} by cleave {4}; {5} of the FFN's neurons run per token. "
-      "Disjoint windows, no BOS, every token but a window's first is predicted; KL(dense || row) "
-      "in "
-      "nats.</p>\n{6}{7}{8}{9}</body></html>\n",
+      "{10}.</p>\n{6}{7}{8}{9}</body></html>\n",
       escape_markup(report.model), kStyle, escape_markup(verdict(report)),
       escape_markup(report.dense), escape_markup(report.tool_version), share_percent(report.rho),
-      notices, texts, routers_part(report) + layers_part(report), facts(report));
+      notices, texts, routers_part(report) + layers_part(report), facts(report),
+      capitalised(quality_convention(report.has_head)));
 }
 
 }  // namespace cleave

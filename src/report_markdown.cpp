@@ -25,32 +25,49 @@ std::string notice_list(const ConversionReport& report) {
   return out.empty() ? out : "Notices of the conversion:\n\n" + out + "\n";
 }
 
-std::string quality_table(const TextReport& text) {
-  std::string out = fmt::format(
-      "## {}\n\n{} windows of {} tokens.\n\n"
-      "| method | kind | rho | FFN multiply-adds | perplexity | KL | top-1 |\n"
-      "|---|---|---|---|---|---|---|\n",
-      cell(text.name), text.windows, text.context);
+/// The head of a table of `names` and the quality columns.
+std::string table_head(const std::string& names, const ConversionReport& report) {
+  std::string head = "| " + names, line = "|";
+  for (const QualityColumn& column : quality_columns(report.has_head))
+    head += fmt::format(" | {}", column.heading);
+  for (const char c : head) line += c == '|' ? "---|" : "";
+  return head + " |\n" + line + "\n";
+}
+
+/// The quality columns of a row, what decides between `mark`.
+std::string quality_cells(const Quality& row, const ConversionReport& report,
+                          const char* mark = "") {
+  std::string cells;
+  for (const QualityColumn& column : quality_columns(report.has_head)) {
+    const char* around = column.decides ? mark : "";
+    cells += fmt::format(" {}{}{} |", around, column.text(row.*column.value), around);
+  }
+  return cells;
+}
+
+std::string quality_table(const TextReport& text, const ConversionReport& report) {
+  std::string out = fmt::format("## {}\n\n{} windows of {} tokens.\n\n", cell(text.name),
+                                text.windows, text.context) +
+                    table_head("method | kind | rho | FFN multiply-adds", report);
   for (const QualityRow& row : text.rows) {
     const char* mark = row.ours ? "**" : "";
-    out += fmt::format("| {}{}{} | {} | {:.3g} | {} | {} | {}{}{} | {:.3f} |\n", mark,
-                       cell(row.method), mark, row_kind(row), row.rho,
-                       share_percent(row.active_share), short_number(row.perplexity), mark,
-                       short_number(row.kl), mark, row.top1_agreement);
+    out += fmt::format("| {}{}{} | {} | {:.3g} | {} |{}\n", mark, cell(row.method), mark,
+                       row_kind(row), row.rho, share_percent(row.active_share),
+                       quality_cells(row, report, mark));
   }
   return out + "\n";
 }
 
 /// The conversion at other K.
-std::string sweep_table(const TextReport& text) {
+std::string sweep_table(const TextReport& text, const ConversionReport& report) {
   if (text.sweep.empty()) return {};
   std::string out =
-      "Other numbers of experts, set at run time; `down` was repaired for the conversion's own.\n\n"
-      "| K | rho | FFN multiply-adds | perplexity | KL | top-1 |\n|---|---|---|---|---|---|\n";
+      "Other numbers of experts, set at run time; `down` was repaired for the conversion's own."
+      "\n\n" +
+      table_head("K | rho | FFN multiply-adds", report);
   for (const ActivePoint& point : text.sweep)
-    out += fmt::format("| {} | {:.3g} | {} | {} | {} | {:.3f} |\n", point.experts_per_token,
-                       point.rho, share_percent(point.active_share), short_number(point.perplexity),
-                       short_number(point.kl), point.top1_agreement);
+    out += fmt::format("| {} | {:.3g} | {} |{}\n", point.experts_per_token, point.rho,
+                       share_percent(point.active_share), quality_cells(point, report));
   return out + "\n";
 }
 
@@ -102,16 +119,17 @@ std::string report_markdown(const ConversionReport& report) {
   std::string out = fmt::format(
       "{}\n\n# {}\n\nMade of {} by cleave {}. Baselines: {} tokens of {}, seed {}.\n"
       "Multiply-adds per token: {} dense, {} converted (FFN {} -> {}, routers {}).\n\n"
-      "Disjoint windows, no BOS, every token but a window's first is predicted. KL is KL(dense || "
-      "row) in nats. rho is the share\nof the FFN's neurons that runs per token. An oracle sees "
+      "{}. rho is the share\nof the FFN's neurons that runs per token. An oracle sees "
       "the experts' outputs and cannot be deployed;\nneither can a row of the kind \"no stock "
       "class\", whose router is more than one matrix.\n\n",
       verdict(report), cell(report.model), cell(report.dense), report.tool_version,
       report.calibration_tokens, report.calibration.empty() ? "no text" : cell(report.calibration),
       report.seed, report.dense_macs_per_token, report.macs_per_token,
-      report.dense_ffn_macs_per_token, report.ffn_macs_per_token, report.router_macs_per_token);
+      report.dense_ffn_macs_per_token, report.ffn_macs_per_token, report.router_macs_per_token,
+      capitalised(quality_convention(report.has_head)));
   out += notice_list(report);
-  for (const TextReport& text : report.texts) out += quality_table(text) + sweep_table(text);
+  for (const TextReport& text : report.texts)
+    out += quality_table(text, report) + sweep_table(text, report);
   out += router_table(report) + layer_table(report);
   if (!report.timings_s.empty()) out += "## Time\n\n| what | seconds |\n|---|---|\n";
   for (const auto& [what, seconds] : report.timings_s)

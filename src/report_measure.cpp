@@ -156,15 +156,12 @@ TextReport start_text(const NamedText& text) {
   return report;
 }
 
-QualityRow row(const std::string& method, double rho, double active_share,
-               const EvalResult& result) {
+QualityRow row(const std::string& method, double rho, double active_share, const Quality& quality) {
   QualityRow row;
+  static_cast<Quality&>(row) = quality;
   row.method = method;
   row.rho = rho;
   row.active_share = active_share;
-  row.perplexity = result.perplexity;
-  row.kl = result.kl;
-  row.top1_agreement = result.top1_agreement;
   return row;
 }
 
@@ -227,6 +224,7 @@ class Measurement {
     report_.seed = spec.seed;
     report_.threads = converted.threads();
     report_.instruction_set = isa_name();
+    report_.has_head = dense.config().has_head;
     set_costs(converted.config(), dense.config(), report_);
   }
 
@@ -315,8 +313,8 @@ class Measurement {
       const double router = static_cast<double>(cost.router_macs_per_token) / dense_macs;
       for (std::size_t t = 0; t < texts.size(); ++t) {
         TextReport& text = report_.texts[t];
-        const auto point = [&](const auto& of) {
-          return ActivePoint{counts[i], rho, rho + router, of.perplexity, of.kl, of.top1_agreement};
+        const auto point = [&](const Quality& of) {
+          return ActivePoint{of, counts[i], rho, rho + router};
         };
         text.sweep.push_back(counts[i] == own ? point(text.rows[1])
                                               : point(evaluate(converted_, texts[t].windows,

@@ -11,6 +11,20 @@ namespace cleave {
 std::string share_percent(double share);  ///< "50 %"
 std::string short_number(double value);   ///< "0.0044", "0.383", "2494"
 
+std::string capitalised(std::string text);  ///< its first letter
+
+/// What the figures of a row are: how the text was cut, and by which measure rows are compared.
+std::string quality_convention(bool has_head);
+
+/// A figure that every row of a table has.
+struct QualityColumn {
+  const char* heading;
+  double Quality::*value;
+  bool decides;  ///< it is Quality::divergence(), by which rows are compared
+  std::string (*text)(double);
+};
+std::vector<QualityColumn> quality_columns(bool has_head);
+
 /// What kind of row it is, in a word or two.
 inline const char* row_kind(const QualityRow& row) {
   if (row.ours) return "this conversion";

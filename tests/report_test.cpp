@@ -133,9 +133,9 @@ TEST(Report, OtherNumbersOfExpertsAreACurve) {
   ConversionReport report = example_report(0.9);
   report.layers.clear();
   EXPECT_EQ(report_html(report).find("class=\"line ours\""), std::string::npos);
-  report.texts[0].sweep = {{4, 0.25, 0.26, 50.0, 1.5, 0.25},
-                           {8, 0.5, 0.51, 30.0, 0.5, 0.5},
-                           {16, 1.0, 1.01, 22.0, 0.125, 0.75}};
+  report.texts[0].sweep = {{{50.0, 1.5, 0.25}, 4, 0.25, 0.26},
+                           {{30.0, 0.5, 0.5}, 8, 0.5, 0.51},
+                           {{22.0, 0.125, 0.75}, 16, 1.0, 1.01}};
   const std::string html = report_html(report), line = "<path class=\"line ours\" d=\"M";
   const auto at = html.find(line);
   ASSERT_NE(at, std::string::npos);

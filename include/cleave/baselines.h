@@ -98,7 +98,9 @@ struct BaselineLayer {
   /// [neurons that are on, D], in their order: rows in place of the dense FFN's columns of `down`,
   /// where that was refitted; empty: it was not.
   std::vector<float> down_t;
-  LinearRouter router;                        ///< kRandom, kRidge, kRidgeBias
+  std::vector<float>
+      down_bias;        ///< [D], in the dense FFN's place where that was refitted and has one
+  LinearRouter router;  ///< kRandom, kRidge, kRidgeBias
   std::vector<float> router_bias;             ///< [E], kRidgeBias
   RegressionRouter regression;                ///< kRegression
   MassRouter mass;                            ///< kMass
@@ -140,11 +142,12 @@ std::vector<Baseline> prepare_baselines(Model& dense, const TokenWindows& calibr
 HiddenStates baseline_states(Model& dense, const Baseline& baseline, const TokenWindows& text);
 
 /// Multiply-adds of a row's FFN and router over those of the dense FFN. What an oracle would cost
-/// is not counted.
-double baseline_active_share(const BaselineSpec& spec, std::int64_t hidden, std::int64_t d_model);
+/// is not counted. @param matrices  of the dense FFN: 3, or 2 without a gate
+double baseline_active_share(const BaselineSpec& spec, std::int64_t hidden, std::int64_t d_model,
+                             std::int64_t matrices = 3);
 
 /// One line of a quality table.
-struct QualityRow {
+struct QualityRow : Quality {
   std::string method;
   double rho = 1.0;           ///< share of the FFN's neurons that runs per token
   double active_share = 1.0;  ///< multiply-adds of FFN and router over the dense FFN's
@@ -152,7 +155,6 @@ struct QualityRow {
   bool stock = true;          ///< false: no stock class holds its router
   bool routed = false;        ///< false: the same neurons for every token
   bool ours = false;          ///< a conversion that a report is about; false: a baseline
-  double perplexity = 0.0, kl = 0.0, top1_agreement = 1.0;  ///< see EvalResult
   /// Of a routed row: on the calibration text, mean over layers; 1 and 1 of an oracle that takes
   /// the experts with the largest outputs.
   std::optional<RouterQuality> router = {};

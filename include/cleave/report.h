@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cleave/baselines.h"
+#include "cleave/evaluate.h"
 #include "cleave/model.h"
 #include "cleave/text.h"
 
@@ -20,9 +21,9 @@ struct NamedText {
 };
 
 /// The conversion with another K: see Model::set_active_experts(). `down` was repaired for its own.
-struct ActivePoint {
+struct ActivePoint : Quality {
   std::int64_t experts_per_token = 0;  ///< K
-  double rho = 1.0, active_share = 1.0, perplexity = 0.0, kl = 0.0, top1_agreement = 1.0;
+  double rho = 1.0, active_share = 1.0;
 };
 
 /// All rows of one text. The first is the dense model, the next the conversion.
@@ -58,7 +59,8 @@ struct ConversionReport {
   std::uint64_t seed = 0;            ///< of the baselines
   std::string calibration;           ///< what the baselines were calibrated on
   std::int64_t calibration_tokens = 0;
-  double rho = 1.0;  ///< multiply-adds of the FFN over the dense FFN's, routers not counted
+  bool has_head = true;  ///< false: rows are compared by their cosine distance
+  double rho = 1.0;      ///< multiply-adds of the FFN over the dense FFN's, routers not counted
   std::int64_t dense_macs_per_token = 0, macs_per_token = 0;
   std::int64_t dense_ffn_macs_per_token = 0, ffn_macs_per_token = 0, router_macs_per_token = 0;
   int threads = 0;
@@ -101,7 +103,7 @@ std::vector<LayerReport> measure_layers(Model& converted, Model& dense, const To
 HiddenStates oracle_states(Model& converted, const TokenWindows& text);
 
 /// The first line of a report. If a static mask or pruning of at most the same budget has lower KL
-/// than the conversion on any text, it says so.
+/// (without a head: cosine distance) than the conversion on any text, it says so.
 std::string verdict(const ConversionReport& report);
 
 /// The report as JSON, Markdown, and one HTML page that needs no script, no network and no other

@@ -44,14 +44,26 @@ std::string marked(const QualityRow& row) {
   return row.method + (row.stock ? " (oracle)" : " (no stock class)");
 }
 
+std::string head_text(const TextReport& of, bool has_head) {
+  const std::string names = fmt::format("\n{} ({} windows of {})\n{:<70} {:>5}", of.name,
+                                        of.windows, of.context, "method", "rho");
+  if (!has_head) return names + fmt::format(" {:>15} {:>9}\n", "cosine distance", "pooled");
+  return names + fmt::format(" {:>10} {:>9} {:>6}\n", "perplexity", "KL", "top-1");
+}
+
+std::string row_text(const QualityRow& row) {
+  const std::string name = fmt::format("{:<70} {:5.3g}", marked(row), row.rho);
+  if (!row.has_head)
+    return name + fmt::format(" {:15.4f} {:9.4f}\n", row.cosine_distance, row.pooled_distance);
+  return name +
+         fmt::format(" {:10.4g} {:9.4f} {:6.3f}\n", row.perplexity, row.kl, row.top1_agreement);
+}
+
 std::string table_text(const ConversionReport& report) {
   std::string text;
   for (const TextReport& of : report.texts) {
-    text += fmt::format("\n{} ({} windows of {})\n{:<70} {:>5} {:>10} {:>9} {:>6}\n", of.name,
-                        of.windows, of.context, "method", "rho", "perplexity", "KL", "top-1");
-    for (const QualityRow& row : of.rows)
-      text += fmt::format("{:<70} {:5.3g} {:10.4g} {:9.4f} {:6.3f}\n", marked(row), row.rho,
-                          row.perplexity, row.kl, row.top1_agreement);
+    text += head_text(of, report.has_head);
+    for (const QualityRow& row : of.rows) text += row_text(row);
   }
   return text;
 }
