@@ -162,18 +162,30 @@ class LayerScan {
       rows.set_down_t(repaired_down(
           rows.down_t(), features.slice_rows(0, seen_), target.slice_rows(0, seen_),
           weight.first(static_cast<std::size_t>(seen_)), spec_.refit_spec, parallel_));
-    error = error_apart(features, rows.down_t(), target);
-    rows.experts.down_bias = dense.ffn.down_bias;
+    std::vector<float> missing;
+    if (!dense.ffn.down_bias.empty()) missing = missing_mean(features, rows.down_t(), target);
+    error = error_apart(features, rows.down_t(), missing, target);
+    rows.experts.down_bias = summed(dense.ffn.down_bias, missing);
     return make_budget_layer(std::move(rows), capture.router, shares_.active, spec_.gate);
+  }
+
+  /// What an output bias has to give, of the windows to learn from.
+  std::vector<float> missing_mean(MatrixView<const float> features,
+                                  const std::vector<float>& down_t,
+                                  MatrixView<const float> target) const {
+    Buffer y(seen_ * target.cols);
+    const MatrixView<float> out(y.data(), seen_, target.cols);
+    down_product(features.slice_rows(0, seen_), down_t, {}, out, parallel_);
+    return mean_difference(target.slice_rows(0, seen_), out, weight_);
   }
 
   /// Of the windows held apart.
   double error_apart(MatrixView<const float> features, const std::vector<float>& down_t,
-                     MatrixView<const float> target) const {
+                     std::span<const float> bias, MatrixView<const float> target) const {
     const std::int64_t rest = features.rows - seen_, D = target.cols;
     Buffer y(rest * D);
     const MatrixView<float> out(y.data(), rest, D);
-    down_product(features.slice_rows(seen_, rest), down_t, {}, out, parallel_);
+    down_product(features.slice_rows(seen_, rest), down_t, bias, out, parallel_);
     return relative_error(out, target.slice_rows(seen_, rest),
                           std::span<const float>(weight_).subspan(static_cast<std::size_t>(seen_)));
   }
@@ -186,7 +198,7 @@ class LayerScan {
       layer.forward(x, y, parallel_);
       return true;
     };
-    return std::max(evaluate(model_, text_.scan, eval).kl, 0.0);
+    return std::max(evaluate(model_, text_.scan, eval).divergence(), 0.0);
   }
 
   Model& model_;
@@ -241,7 +253,7 @@ class AllocationTrials {
       kl.push_back(evaluate(converted_, pick_windows(text_.apart, {w}, text_.apart.context),
                             EvalSpec{.reference = &dense_,
                                      .reference_states = &states_[static_cast<std::size_t>(w)]})
-                       .kl);
+                       .divergence());
     return kl;
   }
   BudgetProgress named(const char* what) const {

@@ -161,12 +161,6 @@ DenseFfn repaired(DenseFfn ffn, const BaselineLayer& layer) {
   return ffn;
 }
 
-/// Of a dense model: 3, or 2 without a gate.
-std::int64_t ffn_matrices(const ModelConfig& config) {
-  const std::int64_t matrix = config.num_layers * config.intermediate_size * config.hidden_size;
-  return model_cost(config).whole_ffn_macs / matrix;
-}
-
 /// Mean over layers, where all have one.
 std::optional<RouterQuality> mean_quality(const Baseline& baseline) {
   const BaselineRouter router = baseline.spec.router;
@@ -189,7 +183,7 @@ QualityRow row_of(const Baseline& baseline, const ModelConfig& config, const Qua
   row.method = spec.method;
   row.rho = spec.rho;
   row.active_share = baseline_active_share(spec, config.intermediate_size, config.hidden_size,
-                                           ffn_matrices(config));
+                                           config.gated_ffn ? 3 : 2);
   row.deployable = spec.deployable;
   row.stock = has_stock_class(spec.router);
   row.routed = spec.router != BaselineRouter::kNone;

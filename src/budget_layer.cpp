@@ -208,6 +208,25 @@ void mask_features(const BudgetRows& rows, const Routing& routing, float scale,
   });
 }
 
+std::vector<float> mean_difference(MatrixView<const float> target, MatrixView<const float> y,
+                                   std::span<const float> weight) {
+  std::vector<double> sum(static_cast<std::size_t>(y.cols));
+  double total = 0.0;
+  for (std::int64_t t = 0; t < y.rows; ++t) {
+    total += weight[t];
+    for (std::int64_t d = 0; d < y.cols; ++d)
+      sum[d] += weight[t] * (static_cast<double>(target(t, d)) - y(t, d));
+  }
+  std::vector<float> mean;
+  for (const double s : sum) mean.push_back(static_cast<float>(total > 0.0 ? s / total : 0.0));
+  return mean;
+}
+
+std::vector<float> summed(std::vector<float> a, std::span<const float> b) {
+  for (std::size_t i = 0; i < b.size(); ++i) a[i] += b[i];
+  return a;
+}
+
 double relative_error(MatrixView<const float> y, MatrixView<const float> target,
                       std::span<const float> weight) {
   double error = 0.0, size = 0.0;

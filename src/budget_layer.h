@@ -101,6 +101,14 @@ std::vector<float> token_weights(MatrixView<const float> stream, MatrixView<cons
                                  std::int64_t context, double first_token_weight,
                                  std::int64_t layer);
 
+/// [D], the weighted mean of target - y: what an output bias has to give for y [T, D].
+/// @param weight  [T] or more, of mean 1
+std::vector<float> mean_difference(MatrixView<const float> target, MatrixView<const float> y,
+                                   std::span<const float> weight);
+
+/// a + b, element by element; b may be empty: zeros.
+std::vector<float> summed(std::vector<float> a, std::span<const float> b);
+
 /// sum_t weight_t |y_t - target_t|^2 / sum_t weight_t |target_t|^2.
 double relative_error(MatrixView<const float> y, MatrixView<const float> target,
                       std::span<const float> weight);

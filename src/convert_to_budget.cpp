@@ -135,8 +135,9 @@ class BudgetConversion {
     if (dense_) aim_at_dense_stream(target, down_bias);
     BudgetRows rows = route_and_refit(layer, tokens_of(layer.source), target, capture, l);
     record_capture(capture, layer.energy);
-    advance(down_bias, hidden(rows.size()), rows.down_t(), target, weight);
-    keep(std::move(rows), capture, down_bias);
+    const std::vector<float> missing =
+        advance(down_bias, hidden(rows.size()), rows.down_t(), target, weight);
+    keep(std::move(rows), capture, summed(down_bias, missing));
   }
 
   /// The rows of a split as they will be stored; hidden_ becomes the features of the refit.
@@ -235,28 +236,36 @@ class BudgetConversion {
   }
 
   /// The converted layer's output goes into the stream; in parallel mode the dense one's, which is
-  /// the target.
-  void advance(const std::vector<float>& down_bias, MatrixView<const float> features,
-               const std::vector<float>& down, MatrixView<const float> target,
-               std::span<const float> weight) {
+  /// the target. @return  what is added to the output bias, where there is one: the mean of what
+  /// the layer lost, which costs nothing (GELU's small negative values add up over what is off)
+  std::vector<float> advance(const std::vector<float>& down_bias, MatrixView<const float> features,
+                             const std::vector<float>& down, MatrixView<const float> target,
+                             std::span<const float> weight) {
     const std::int64_t D = target.cols;
     Buffer y(features.rows * D);
     const MatrixView<float> out(y.data(), features.rows, D);
     down_product(features, down, {}, out, parallel_);
+    std::vector<float> missing;
+    if (!down_bias.empty()) missing = mean_difference(target, out, weight);
+    for (std::int64_t t = 0; t < out.rows && !missing.empty(); ++t)
+      isa_kernels().add(missing.data(), out.row(t), D);
     conversion_.layer_error.push_back(
         relative_error(out.slice_rows(0, text_tokens()), target, weight));
     for (std::int64_t t = 0; t < features.rows; ++t) {
       isa_kernels().add(parallel_mode() ? target.row(t) : out.row(t), stream_.rows().row(t), D);
       if (!down_bias.empty()) isa_kernels().add(down_bias.data(), stream_.rows().row(t), D);
     }
+    return missing;
   }
 
+  /// @param down_bias  of the layer as it will be stored
   void keep(BudgetRows rows, const Capture& capture, const std::vector<float>& down_bias) {
     if (shares_.active == 0) {
       rows.shared.down_bias = down_bias;
       conversion_.pruned.push_back(std::move(rows.shared));
       return;
     }
+    rows.experts.down_bias = down_bias;
     conversion_.layers.push_back(
         make_budget_layer(std::move(rows), capture.router, shares_.active, spec_.gate));
   }

@@ -37,18 +37,19 @@ std::vector<float> coactivation_of(const LayerTokens& tokens, const ParallelFor&
   return stats.coactivation(0);
 }
 
-/// [windows, H], mean of act(gate x) over each window but its first token, an attention sink.
+/// [windows, H], mean of act(gate x), or act(up x) without a gate, over each window but its first
+/// token, an attention sink.
 std::vector<float> window_gate_means(const LayerTokens& tokens, const ParallelFor& parallel) {
   const std::int64_t H = tokens.hidden.cols, context = tokens.context;
-  if (tokens.ffn.gate.empty())
-    fail_argument(
-        "convert: partition 'expertweaver' reads the gate's activations, and this FFN has no gate");
-  Buffer up(context * H), gate(context * H);
-  const MatrixView<float> g(gate.data(), context, H);
+  const bool gated = !tokens.ffn.gate.empty();
+  Buffer hidden(context * H), gate(gated ? context * H : 0);
+  const MatrixView<float> h(hidden.data(), context, H);
+  const MatrixView<float> of_gate =
+      gated ? MatrixView<float>(gate.data(), context, H) : MatrixView<float>();
+  const MatrixView<float> g = gated ? of_gate : h;
   std::vector<float> means;
   for (std::int64_t first = 0; first + context <= tokens.input.rows; first += context) {
-    hidden_activations(tokens.ffn, tokens.input.slice_rows(first, context), {up.data(), context, H},
-                       g, parallel);
+    hidden_activations(tokens.ffn, tokens.input.slice_rows(first, context), h, of_gate, parallel);
     std::vector<double> sum(static_cast<std::size_t>(H), 0.0);
     for (std::int64_t t = 1; t < context; ++t)
       for (std::int64_t j = 0; j < H; ++j) sum[j] += g(t, j);

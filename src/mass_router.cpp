@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "fail.h"
+#include "opening_rows.h"
 #include "support/buffer.h"
 
 namespace cleave {
@@ -29,10 +30,11 @@ FloatRows sample_of(MatrixView<const float> x) {
 /// sqrt(p) [H]: the root of the mean square of what an open gate lets through of its product.
 std::vector<double> gate_openings(const FfnView& ffn, const FloatRows& x,
                                   const ParallelFor& parallel) {
-  const std::int64_t T = x.rows(), H = ffn.gate.rows;
+  const std::int64_t T = x.rows(), H = ffn.up.rows;
   const Buffer products(T * H);
   const MatrixView<float> a(products.data(), T, H);
-  linear({x.data(), T, x.cols()}, ffn.gate, ffn.gate_bias, a, parallel);
+  linear({x.data(), T, x.cols()}, opening_rows(ffn), ffn.gate.empty() ? ffn.up_bias : ffn.gate_bias,
+         a, parallel);
   std::vector<double> open(static_cast<std::size_t>(H));
   parallel(H, 16, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = 0; t < T; ++t)
@@ -77,14 +79,12 @@ std::vector<std::vector<std::int32_t>> members_of(std::span<const std::int32_t> 
 
 void check_mass(const FfnView& ffn, std::span<const std::int32_t> expert_of_neuron,
                 std::int64_t num_experts, MatrixView<const float> x, std::int64_t rank) {
-  if (ffn.gate.empty())
-    fail_argument("fit_mass_router: the FFN has no gate, whose opening the router weighs");
-  if (static_cast<std::int64_t>(expert_of_neuron.size()) != ffn.gate.rows || num_experts < 1 ||
-      x.rows < 1 || x.cols != ffn.gate.cols || rank < 1)
+  if (static_cast<std::int64_t>(expert_of_neuron.size()) != ffn.up.rows || num_experts < 1 ||
+      x.rows < 1 || x.cols != ffn.up.cols || rank < 1)
     fail_argument(
         "fit_mass_router: {} neurons of {}, E = {}, x [{}, {}], rank {}; expected all neurons, at "
         "least one expert, token and rank, and x [T, {}]",
-        expert_of_neuron.size(), ffn.gate.rows, num_experts, x.rows, x.cols, rank, ffn.gate.cols);
+        expert_of_neuron.size(), ffn.up.rows, num_experts, x.rows, x.cols, rank, ffn.up.cols);
 }
 
 }  // namespace
@@ -101,7 +101,9 @@ MassRouter fit_mass_router(const FfnView& ffn, std::span<const std::int32_t> exp
   if (!moment.allFinite()) fail_argument("fit_mass_router: an input is not finite");
   const std::vector<double> open = gate_openings(ffn, sample, parallel);
   const auto size = static_cast<std::size_t>(num_experts * R * D);
-  MassRouter router{num_experts, D, R, std::vector<float>(size), std::vector<float>(size)};
+  const bool gated = !ffn.gate.empty();
+  MassRouter router{num_experts, D, R, std::vector<float>(size),
+                    std::vector<float>(gated ? size : 0)};
   parallel(num_experts, 1, [&](std::int64_t begin, std::int64_t end) {
     FloatRows gate(I, D), up(I, D);
     for (std::int64_t e = begin; e < end; ++e) {
@@ -109,12 +111,12 @@ MassRouter fit_mass_router(const FfnView& ffn, std::span<const std::int32_t> exp
         const std::int32_t j = members[e][i];
         const auto weight = static_cast<float>(open[j]);
         for (std::int64_t d = 0; d < D; ++d) {
-          gate(i, d) = weight * ffn.gate(j, d);
+          gate(i, d) = weight * opening_rows(ffn)(j, d);
           up(i, d) = ffn.up(j, d);
         }
       }
       truncate(gate, moment, R, router.gate.data() + e * R * D);
-      truncate(up, moment, R, router.up.data() + e * R * D);
+      if (gated) truncate(up, moment, R, router.up.data() + e * R * D);
     }
   });
   return router;
@@ -131,14 +133,16 @@ void mass_scores(const MassRouter& router, MatrixView<const float> x, MatrixView
     const std::int64_t T = std::min(kMassBlock, x.rows - first);
     const MatrixView<float> gate(room.data(), T, E * R), up(room.data() + T * E * R, T, E * R);
     linear(x.slice_rows(first, T), {router.gate.data(), E * R, D}, {}, gate, parallel);
-    linear(x.slice_rows(first, T), {router.up.data(), E * R, D}, {}, up, parallel);
+    if (!router.up.empty())
+      linear(x.slice_rows(first, T), {router.up.data(), E * R, D}, {}, up, parallel);
     for (std::int64_t t = 0; t < T; ++t)
       for (std::int64_t e = 0; e < E; ++e) {
         float of_gate = 0.0f, of_up = 0.0f;
         for (std::int64_t r = e * R; r < (e + 1) * R; ++r) {
           of_gate += gate(t, r) * gate(t, r);
-          of_up += up(t, r) * up(t, r);
+          of_up += router.up.empty() ? 0.0f : up(t, r) * up(t, r);
         }
+        if (router.up.empty()) of_up = 1.0f;
         scores(first + t, e) = std::sqrt(of_gate) * std::sqrt(of_up);
       }
   }

@@ -6,6 +6,7 @@
 
 #include "cleave/fit_router.h"
 #include "fail.h"
+#include "opening_rows.h"
 
 namespace cleave {
 namespace {
@@ -14,11 +15,6 @@ constexpr std::pair<RouterMethod, const char*> kRouterNames[] = {
     {RouterMethod::kTrained, "trained"},    {RouterMethod::kRidge, "ridge"},
     {RouterMethod::kLogistic, "logistic"},  {RouterMethod::kLowRank, "low-rank"},
     {RouterMethod::kMeanGate, "mean-gate"}, {RouterMethod::kRepresentative, "representative"}};
-
-/// What decides whether a neuron fires: its gate, or `up` where there is none.
-MatrixView<const float> opening_rows(const FfnView& ffn) {
-  return ffn.gate.empty() ? ffn.up : ffn.gate;
-}
 
 }  // namespace
 

@@ -125,8 +125,6 @@ TEST_F(MassRouters, RefuseWhatMakesNoSense) {
   EXPECT_THROW(mass_scores(fit(2), x(), {scores.data(), kTokens, 3}, {}), InvalidArgument);
   x_[5] = INFINITY;
   EXPECT_THROW(fit(2), InvalidArgument);
-  ffn_.gate.clear();
-  EXPECT_THROW(fit(2), InvalidArgument);
 }
 
 }  // namespace

@@ -41,7 +41,8 @@ struct ConvertSpec {
 /// How a conversion to a budget divides the always-on neurons among the layers.
 enum class Allocation {
   kUniform,  ///< equally
-  kKl,       ///< as many in all, by the end-to-end KL that each layer's conversion costs
+  kKl,       ///< as many in all, by the end-to-end KL that each layer's conversion costs; of a
+             ///< model without a head by Quality::divergence(), as wherever KL is named here
 };
 /// "uniform", "kl".
 const char* allocation_name(Allocation allocation);
@@ -61,8 +62,8 @@ struct AllocationCandidate {
   std::optional<double> kl;  ///< of the whole conversion, there; unset: it was not made
 };
 
-/// How Allocation::kKl chose. KL in nats against the dense model, on windows of the calibration
-/// text that nothing was fitted on.
+/// How Allocation::kKl chose. KL in nats (or cosine distance) against the dense model, on windows
+/// of the calibration text that nothing was fitted on.
 struct AllocationChoice {
   std::int64_t windows = 0;         ///< that were held apart
   std::vector<double> layer_kl;     ///< [L], of the model with only this layer converted (quickly)
@@ -138,7 +139,9 @@ struct BudgetSpec {
   /// kHard: chosen experts weigh 1. kSoftmax: K times their softmax weight among the chosen, which
   /// the refit then takes into account.
   GateMode gate = GateMode::kHard;
-  bool refit = true;  ///< of `down`, under the routing that really happens
+  /// Of `down`, under the routing that really happens. Without it, too, a layer that has an output
+  /// bias gives the mean of what it lost there.
+  bool refit = true;
   RefitSpec refit_spec{};
   /// How often `down` is refitted: before each time but the first the router is fitted again, to
   /// the energies that the experts have with the `down` at hand. The split stays.
