@@ -192,9 +192,10 @@ std::string quality_convention(bool has_head) {
 
 std::vector<QualityColumn> quality_columns(bool has_head) {
   const auto top1 = [](double value) { return fmt::format("{:.3f}", value); };
+  const auto distance = [](double value) { return fmt::format("{:.4f}", value); };
   if (!has_head)
-    return {{"cosine distance", &Quality::cosine_distance, true, short_number},
-            {"pooled", &Quality::pooled_distance, false, short_number}};
+    return {{"cosine distance", &Quality::cosine_distance, true, distance},
+            {"pooled", &Quality::pooled_distance, false, distance}};
   return {{"perplexity", &Quality::perplexity, false, short_number},
           {"KL", &Quality::kl, true, short_number},
           {"top-1", &Quality::top1_agreement, false, top1}};

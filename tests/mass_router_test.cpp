@@ -75,6 +75,29 @@ TEST_F(MassRouters, OfFullRankAreTheFormula) {
     }
 }
 
+TEST_F(MassRouters, WithoutAGateWeighTheUpRows) {
+  ffn_.gate.clear();
+  ffn_.activation = Activation::kRelu;
+  ffn_.up_bias = random_values(kH, 5, 0.5);
+  const MassRouter router = fit(10);
+  EXPECT_TRUE(router.up.empty());
+  EXPECT_EQ(router.macs(), 4 * 10 * 12);
+  std::vector<float> scores(kTokens * kExperts);
+  mass_scores(router, x(), {scores.data(), kTokens, kExperts}, {});
+  std::vector<double> open(kH);  // of a ReLU: how often it is
+  for (std::int64_t j = 0; j < kH; ++j)
+    for (std::int64_t t = 0; t < kTokens; ++t)
+      open[j] += product(ffn_.up, j, x().row(t)) + ffn_.up_bias[j] > 0.0 ? 1.0 / kTokens : 0.0;
+  for (std::int64_t t = 0; t < kTokens; ++t)
+    for (std::int64_t e = 0; e < kExperts; ++e) {
+      double sum = 0.0;
+      for (std::int64_t j = 0; j < kH; ++j)
+        if (expert_[j] == e) sum += open[j] * std::pow(product(ffn_.up, j, x().row(t)), 2);
+      const double expected = std::sqrt(sum);
+      EXPECT_NEAR(scores[t * kExperts + e], expected, 1e-4 * expected) << t << " " << e;
+    }
+}
+
 TEST_F(MassRouters, TruncationKeepsWhatTheInputsUse) {
   // Inputs of two directions: two rows are enough, whatever the weights.
   for (std::int64_t t = 0; t < kTokens; ++t)
