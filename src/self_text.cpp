@@ -86,6 +86,10 @@ class SelfText {
 
 TokenWindows self_generated_text(Model& model, const SelfTextSpec& spec,
                                  const std::function<void(std::int64_t, std::int64_t)>& progress) {
+  if (!model.config().causal || !model.config().has_head)
+    fail_argument(
+        "self_generated_text: the model is an encoder, which writes no text; calibrate on one of "
+        "yours");
   if (spec.windows < 1 || spec.context < 2 || !(spec.temperature > 0.0))
     fail_argument(
         "self_generated_text: {} windows of {} tokens at temperature {}; expected at least one of "

@@ -24,7 +24,7 @@ struct SelfTextSpec {
 /// The same seed gives the same tokens on the same machine and thread count.
 /// @param model     tokens go through it in batches; about 1 GiB of caches at most, or one window's
 /// @param progress  called with the tokens done and those of all windows
-/// @throws InvalidArgument  windows < 1, context < 2 or a temperature of 0 or below
+/// @throws InvalidArgument  windows < 1, context < 2, a temperature of 0 or below, or an encoder
 TokenWindows self_generated_text(
     Model& model, const SelfTextSpec& spec,
     const std::function<void(std::int64_t done, std::int64_t all)>& progress = {});

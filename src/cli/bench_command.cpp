@@ -31,6 +31,7 @@ double median(std::vector<double> values) {
 
 void run_bench(const BenchOptions& options) {
   const Checkpoint checkpoint = Checkpoint::open(options.model);
+  require_text_writer("bench", checkpoint);
   const ModelSpec spec = model_spec(options.loading, options.common, checkpoint);
   const WeightType weights = spec.weights;
   Model model = Model::load(checkpoint, spec);

@@ -72,10 +72,12 @@ void check_free(const std::string& out, bool overwrite) {
     throw InvalidArgument(fmt::format("{}: its folder does not exist", out));
 }
 
-void run_calibrate(const CalibrateOptions& options) {
+void run_calibrate(CalibrateOptions options, const CLI::App& command) {
   const auto begin = std::chrono::steady_clock::now();
   check_free(options.out, options.overwrite);
   const Checkpoint source = Checkpoint::open(options.model);
+  if (command.count("--context") == 0)
+    options.context = default_context(options.context, source.config());
   const std::vector<CalibrationText> texts =
       load_texts(options, Tokenizer::from_checkpoint(source));
   std::int64_t windows = 0;
@@ -134,7 +136,7 @@ void add_calibrate_command(CLI::App& app) {
                     "Also how often two neurons are active together; as large");
   command->add_flag("--overwrite", options->overwrite, "Replace OUT if it exists");
   add_common_options(*command, options->common);
-  command->callback([options] { run_calibrate(*options); });
+  command->callback([options, command] { run_calibrate(*options, *command); });
 }
 
 }  // namespace cleave::cli

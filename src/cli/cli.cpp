@@ -209,6 +209,20 @@ std::int64_t resolve_active(const ModelOptions& options, const ModelConfig& conf
 
 }  // namespace
 
+bool writes_text(const ModelConfig& config) { return config.causal && config.has_head; }
+
+void require_text_writer(const std::string& command, const Checkpoint& checkpoint) {
+  if (!writes_text(checkpoint.config()))
+    throw InvalidArgument(fmt::format(
+        "{}: {} is an encoder: it has no head that makes logits, and writes no text; what it gives "
+        "are hidden states, which `cleave eval --against` compares",
+        command, checkpoint.path().string()));
+}
+
+std::int64_t default_context(std::int64_t automatic, const ModelConfig& config) {
+  return config.rotary ? automatic : std::min(automatic, config.max_position_embeddings);
+}
+
 std::string shared_text(const ModelConfig& config) {
   if (config.shared_widths.empty()) return std::to_string(config.shared_intermediate_size);
   const auto [least, most] =

@@ -102,6 +102,13 @@ void add_model_options(CLI::App& command, ModelOptions& options);
 ModelSpec model_spec(const ModelOptions& options, const CommonOptions& common,
                      const Checkpoint& checkpoint);
 
+/// Whether a model can write text: not so an encoder, which gives hidden states.
+bool writes_text(const ModelConfig& config);
+/// @throws InvalidArgument  the model cannot do what `command` does
+void require_text_writer(const std::string& command, const Checkpoint& checkpoint);
+/// --context where it is not given: `automatic`, or as many tokens as there are learned positions.
+std::int64_t default_context(std::int64_t automatic, const ModelConfig& config);
+
 void add_inspect_command(CLI::App& app);
 void add_calibrate_command(CLI::App& app);
 void add_convert_command(CLI::App& app);

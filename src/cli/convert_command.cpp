@@ -102,7 +102,8 @@ std::string allocation_text(const Conversion& conversion, const ModelConfig& wri
   const AllocationCandidate &uniform = choice.candidates.front(),
                             &chosen = choice.candidates[choice.chosen];
   const std::string measured =
-      fmt::format("KL {:.4f} on {} calibration windows held apart", *chosen.kl, choice.windows);
+      fmt::format("{} {:.4f} on {} calibration windows held apart",
+                  divergence_name(written.has_head), *chosen.kl, choice.windows);
   if (choice.chosen == 0)
     return fmt::format(
         "allocation kl: {}; none of {} other divisions beats the uniform one on each of them\n",
@@ -188,6 +189,7 @@ void run_convert(ConvertOptions options, const CLI::App& command) {
   const WriteSpec write{.dtype = parse_dtype(options.dtype), .overwrite = options.overwrite};
   check_output(options.out, options.overwrite);
   const Checkpoint source = Checkpoint::open(options.model);
+  settle_text(source.config(), command, options);
   check_report(options, command, source);
 
   Progress progress(options.common.quiet);
@@ -264,9 +266,11 @@ void add_convert_command(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::Range(1, 100));
   command
-      ->add_option("--allocation", options->allocation,
-                   "With --active-share: uniform, or kl: the always-on neurons divided among the "
-                   "layers by the KL that each costs. Four times as long")
+      ->add_option(
+          "--allocation", options->allocation,
+          "With --active-share: uniform, or kl: the always-on neurons divided among the "
+          "layers by the KL (of an encoder: cosine distance) that each costs. Four times as "
+          "long")
       ->capture_default_str();
   command
       ->add_option("--penalty", options->penalty,
@@ -316,7 +320,7 @@ void add_convert_command(CLI::App& app) {
           "--self-calibration", options->self_calibration,
           "Tokens of text that MODEL writes itself, to calibrate on after --calibration. "
           "auto: 0; with --active-share a quarter of --calibration-tokens, and all of them "
-          "where no --calibration is given")
+          "where no --calibration is given; always 0 of an encoder, which writes none")
       ->capture_default_str();
   command
       ->add_option("--context", options->context,

@@ -235,6 +235,21 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
         "N: the model writes one");
 }
 
+void settle_text(const ModelConfig& config, const CLI::App& command, ConvertOptions& options) {
+  if (command.count("--context") == 0) options.context = default_context(options.context, config);
+  if (writes_text(config)) return;
+  if (options.self_calibration != "auto" && self_calibration_tokens(options) > 0)
+    throw InvalidArgument(fmt::format(
+        "--self-calibration: {} is an encoder, which writes no text; give --calibration FILE alone",
+        options.model));
+  options.self_calibration = "0";
+  if (options.active_share > 0.0 && options.calibration.empty())
+    throw InvalidArgument(
+        fmt::format("--active-share needs a text to learn from, and {} is an encoder, which cannot "
+                    "write its own; give --calibration FILE",
+                    options.model));
+}
+
 void check_report(const ConvertOptions& options, const CLI::App& command,
                   const Checkpoint& source) {
   if (baseline_set(options.baselines) == BaselineSet::kNone) {

@@ -42,6 +42,9 @@ struct ConvertOptions {
 
 /// Refuses options that do not go together, before any work.
 void check_combination(const ConvertOptions& options, const CLI::App& command);
+/// What depends on the model: an encoder writes no text to calibrate on, and has as many positions
+/// as it learned. @throws InvalidArgument  it is to write some, or has no other text
+void settle_text(const ModelConfig& config, const CLI::App& command, ConvertOptions& options);
 /// What the report at the end needs is asked for before the work begins.
 void check_report(const ConvertOptions& options, const CLI::App& command, const Checkpoint& source);
 

@@ -52,18 +52,10 @@ Json load_json(const EvalResult& result) {
   return layers;
 }
 
-Json to_json(const EvalOptions& options, const Model& model, const EvalResult& result) {
-  const ModelCost cost = model_cost(model.config());
-  Json json{{"model", options.model},
-            {"text", options.text},
-            {"convention",
-             "disjoint windows, no BOS, every token but a window's first is predicted; nats"},
-            {"context", options.context},
-            {"windows", result.windows},
-            {"tokens", result.tokens},
-            {"predicted_tokens", result.predicted_tokens},
-            {"perplexity", result.perplexity},
-            {"mean_nll", result.mean_nll}};
+void add_predictions(const EvalOptions& options, const EvalResult& result, Json& json) {
+  json["predicted_tokens"] = result.predicted_tokens;
+  json["perplexity"] = result.perplexity;
+  json["mean_nll"] = result.mean_nll;
   if (result.has_reference) {
     json["against"] = options.against;
     json["kl"] = result.kl;
@@ -73,6 +65,32 @@ Json to_json(const EvalOptions& options, const Model& model, const EvalResult& r
     json["kl"] = nullptr;
     json["top1_agreement"] = nullptr;
   }
+}
+
+/// Of a model without a head, which is always compared.
+void add_distances(const EvalOptions& options, const EvalResult& result, Json& json) {
+  json["against"] = options.against;
+  json["cosine_distance"] = result.cosine_distance;
+  json["pooled_distance"] = result.pooled_distance;
+  json["reference_tokens_per_s"] = result.reference_tokens_per_s;
+}
+
+Json to_json(const EvalOptions& options, const Model& model, const EvalResult& result) {
+  const ModelCost cost = model_cost(model.config());
+  Json json{{"model", options.model},
+            {"text", options.text},
+            {"convention",
+             result.has_head
+                 ? "disjoint windows, no BOS, every token but a window's first is predicted; nats"
+                 : "disjoint windows with their special tokens; 1 - cos of final hidden states, "
+                   "mean over all tokens; pooled: of their means over a window"},
+            {"context", options.context},
+            {"windows", result.windows},
+            {"tokens", result.tokens}};
+  if (result.has_head)
+    add_predictions(options, result, json);
+  else
+    add_distances(options, result, json);
   json["tokens_per_s"] = result.tokens_per_s;
   json["elapsed_s"] = result.elapsed_s;
   json["threads"] = model.threads();
@@ -107,18 +125,25 @@ std::string load_text(const EvalResult& result) {
   return text;
 }
 
-std::string to_text(const Model& model, const EvalResult& result) {
-  const ModelCost cost = model_cost(model.config());
+std::string quality_text(const EvalResult& result) {
+  if (!result.has_head)
+    return fmt::format(
+        "cosine_distance   {:.6g}\npooled_distance   {:.6g}\n"
+        "tokens            {} ({} windows; disjoint, with their special tokens)\n",
+        result.cosine_distance, result.pooled_distance, result.tokens, result.windows);
   std::string text = fmt::format("perplexity        {:.4f}\n", result.perplexity);
-  if (result.has_reference) {
+  if (result.has_reference)
     text += fmt::format("kl                {:.6g} nats\ntop1_agreement    {:.4f}\n", result.kl,
                         result.top1_agreement);
-  }
-  text += fmt::format(
-      "tokens            {} ({} windows, {} predicted; disjoint, no BOS)\n"
-      "tokens_per_s      {:.1f} ({} threads, {})\n",
-      result.tokens, result.windows, result.predicted_tokens, result.tokens_per_s, model.threads(),
-      isa_name());
+  return text + fmt::format("tokens            {} ({} windows, {} predicted; disjoint, no BOS)\n",
+                            result.tokens, result.windows, result.predicted_tokens);
+}
+
+std::string to_text(const Model& model, const EvalResult& result) {
+  const ModelCost cost = model_cost(model.config());
+  std::string text = quality_text(result);
+  text += fmt::format("tokens_per_s      {:.1f} ({} threads, {})\n", result.tokens_per_s,
+                      model.threads(), isa_name());
   if (result.has_reference)
     text += fmt::format("reference         {:.1f} tokens/s\n", result.reference_tokens_per_s);
   text += fmt::format(
@@ -165,9 +190,21 @@ void set_average(const EvalOptions& options, const Tokenizer& tokenizer, Model& 
   calibrate_thresholds(model, text, options.average_active);
 }
 
-void run_eval(const EvalOptions& options) {
+/// Without a head there is nothing to measure but the distance from another model.
+void check_head(const EvalOptions& options, const ModelConfig& config) {
+  if (!config.has_head && options.against.empty())
+    throw InvalidArgument(fmt::format(
+        "eval: {} has no head, so there is no perplexity; give --against DENSE, the model it was "
+        "made of, to compare hidden states",
+        options.model));
+}
+
+void run_eval(EvalOptions options, const CLI::App& command) {
   check_thresholds(options);
   const Checkpoint checkpoint = Checkpoint::open(options.model);
+  check_head(options, checkpoint.config());
+  if (command.count("--context") == 0)
+    options.context = default_context(options.context, checkpoint.config());
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(checkpoint);
   const TokenWindows text =
       load_windows(tokenizer, options.text, options.context, options.limit_tokens);
@@ -181,10 +218,13 @@ void run_eval(const EvalOptions& options) {
   std::unique_ptr<Model> dense;
   if (!options.against.empty()) dense = load_reference(options, spec.weights);
 
-  const EvalResult result = evaluate(
-      model, text, dense.get(), [&](std::int64_t done, std::int64_t all, double perplexity) {
-        progress.update(fmt::format("window {}/{}  perplexity {:.3f}", done, all, perplexity),
-                        done == all);
+  const EvalResult result =
+      evaluate(model, text, dense.get(), [&](std::int64_t done, std::int64_t all, double so_far) {
+        progress.update(
+            model.config().has_head
+                ? fmt::format("window {}/{}  perplexity {:.3f}", done, all, so_far)
+                : fmt::format("window {}/{}  cosine distance {:.4f}", done, all, so_far),
+            done == all);
       });
   print_result(options.common, to_json(options, model, result), to_text(model, result));
 }
@@ -194,10 +234,14 @@ void run_eval(const EvalOptions& options) {
 void add_eval_command(CLI::App& app) {
   auto options = std::make_shared<EvalOptions>();
   CLI::App* command = app.add_subcommand(
-      "eval", "Quality of a model on a text: perplexity, and KL against a dense model");
+      "eval",
+      "Quality of a model on a text: perplexity, and KL against a dense model; of an encoder the "
+      "cosine distance from one");
   command->add_option("MODEL", options->model, "Model directory or GGUF file")->required();
   command->add_option("--text", options->text, "Text file(s), UTF-8")->required();
-  command->add_option("--against", options->against, "Dense model to compare with (KL, top-1)");
+  command->add_option(
+      "--against", options->against,
+      "Dense model to compare with (KL, top-1; of an encoder the distance of hidden states)");
   command->add_option("--context", options->context, "Window length, tokens")
       ->capture_default_str()
       ->check(CLI::Range(2, 1 << 24));
@@ -214,7 +258,7 @@ void add_eval_command(CLI::App& app) {
   command->add_option("--calibration", options->calibration,
                       "Text file(s) that the thresholds are fitted on (4096 tokens)");
   add_common_options(*command, options->common);
-  command->callback([options] { run_eval(*options); });
+  command->callback([options, command] { run_eval(*options, *command); });
 }
 
 }  // namespace cleave::cli

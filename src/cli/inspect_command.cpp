@@ -54,6 +54,8 @@ Json to_json(const InspectOptions& options, const Checkpoint& checkpoint) {
             {"vocab_size", c.vocab_size},
             {"max_position_embeddings", c.max_position_embeddings},
             {"rope", c.rotary ? rope_json(c.rope) : Json(nullptr)},
+            {"causal", c.causal},
+            {"has_head", c.has_head},
             {"activation", activation_name(c.activation)},
             {"tied_embeddings", c.tie_word_embeddings},
             {"dtype", dtype_name(c.dtype)},

@@ -103,10 +103,19 @@ TokenWindows calibration_text(const ReportOptions& options, const Tokenizer& tok
   return text;
 }
 
-void run_report(ReportOptions options) {
+/// An encoder has no text of its own, and as many positions as it learned.
+void settle_options(const ModelConfig& config, const CLI::App& command, ReportOptions& options) {
+  if (options.self_calibration > 0 && !writes_text(config))
+    throw InvalidArgument(
+        "--self-calibration: DENSE is an encoder, which writes no text; give --calibration alone");
+  if (command.count("--context") == 0) options.context = default_context(options.context, config);
+}
+
+void run_report(ReportOptions options, const CLI::App& command) {
   const BaselineSet set = baseline_set(options.baselines);
   check_calibration(options, set);
   const Checkpoint converted = Checkpoint::open(options.model);
+  settle_options(converted.config(), command, options);
   if (options.out.empty()) options.out = converted.directory().string();
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(converted);
   Progress progress(options.common.quiet);
@@ -196,7 +205,7 @@ void add_report_command(CLI::App& app) {
   add_seed_option(*command, options->common,
                   "the baselines' random splits and clusterings, and of text that DENSE writes");
   add_common_options(*command, options->common);
-  command->callback([options] { run_report(*options); });
+  command->callback([options, command] { run_report(*options, *command); });
 }
 
 }  // namespace cleave::cli

@@ -126,6 +126,7 @@ void share_heap() {
 /// The checkpoint is closed again: what it maps and knows is not needed to run.
 Loaded load(const RunOptions& options) {
   const Checkpoint checkpoint = Checkpoint::open(options.model);
+  require_text_writer("run", checkpoint);
   Tokenizer tokenizer = Tokenizer::from_checkpoint(checkpoint);
   trim_memory();
   const ModelSpec spec = model_spec(options.loading, options.common, checkpoint);

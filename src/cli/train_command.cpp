@@ -90,6 +90,7 @@ void run_train(const TrainOptions& options) {
   check_output(options.out, options.overwrite);
 
   const Checkpoint student = Checkpoint::open(options.model);
+  require_text_writer("train", student);
   if (!student.config().is_moe())
     throw InvalidArgument(
         options.model + ": a dense model; split it first (cleave convert), then train the result");
