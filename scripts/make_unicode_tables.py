@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
-"""Writes src/unicode_tables.cpp from Python's copy of the Unicode character database.
+"""Writes src/unicode_tables.cpp from Python's copy of the Unicode character database and from
+HuggingFace `tokenizers` (0.23), whose own tables are of Unicode 8 (categories), 9 (normalisation)
+and 17 (letter case): tokens are only the same if the tables are.
 
 Run from the repository root:  python3 scripts/make_unicode_tables.py
-Numbers that Unicode 15 to 17 assigned are listed by hand below, so that the result does not depend
-on the Python that runs the script (its database must be 14.0 or newer).
+Numbers that Unicode 15 to 17 assigned are listed by hand below, and what that library does not
+normalise is left out, so that the result does not depend on the Python that runs the script (its
+database must be 14.0 or newer).
 """
 import sys
 import unicodedata
 from pathlib import Path
+
+from tokenizers import normalizers, pre_tokenizers
 
 CODE_POINTS = [c for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
 NUMBERS_SINCE_15 = [
@@ -28,14 +33,56 @@ def ranges(keys):
     return out
 
 
+nfd = normalizers.NFD().normalize_str
+
+
 def decompositions():
     for c in CODE_POINTS:
         parts = unicodedata.decomposition(chr(c)).split()
-        if not parts or parts[0].startswith("<"):
+        if not parts or parts[0].startswith("<") or nfd(chr(c)) == chr(c):
             continue
         first, second = int(parts[0], 16), int(parts[1], 16) if len(parts) > 1 else 0
         composes = second != 0 and unicodedata.normalize("NFC", chr(first) + chr(second)) == chr(c)
         yield f"{{0x{c:X}, 0x{first:X}, 0x{second:X}, {str(composes).lower()}}}"
+
+
+def has_known_class(c):
+    """tokenizers sorts c among marks of four classes as Python does; one it doesn't know stays."""
+    marks = "\u0334\u0323\u0301\u0345"
+    texts = ["a" + pair for m in marks for pair in (chr(c) + m, m + chr(c))]
+    return all(nfd(text) == unicodedata.normalize("NFD", text) for text in texts)
+
+
+def bert_classes():
+    """Code points that BertNormalizer removes to clean a text, those that it strips as accents, and
+    those that BertPreTokenizer isolates."""
+    off = dict(clean_text=False, handle_chinese_chars=False, strip_accents=False, lowercase=False)
+    cleans = normalizers.BertNormalizer(**off | {"clean_text": True}).normalize_str
+    strips = normalizers.BertNormalizer(**off | {"strip_accents": True}).normalize_str
+    split = pre_tokenizers.BertPreTokenizer().pre_tokenize_str
+    inside = {c: f"a{chr(c)}b" for c in CODE_POINTS}
+    removed = {c: 0 for c in CODE_POINTS if cleans(inside[c]) == "ab"}
+    accents = {c: 0 for c in CODE_POINTS if strips(inside[c]) == "ab"}
+    isolated = {c: 0 for c in CODE_POINTS if len(split(inside[c])) == 3}
+    return removed, accents, isolated
+
+
+def lowercase_ranges():
+    """{first, last, step, delta}: every step-th code point's lower case is delta away."""
+    lower = normalizers.Lowercase().normalize_str
+    out = []
+    for c in CODE_POINTS:
+        to = lower(chr(c))
+        if to == chr(c) or len(to) > 1:  # only U+0130 becomes two
+            continue
+        delta = ord(to) - c
+        last = out[-1] if out else [0, 0, 0, 0]
+        step = c - last[1]
+        if delta == last[3] and step in ([last[2]] if last[2] else [1, 2]):
+            last[1:3] = c, step
+        else:
+            out.append([c, c, 0, delta])
+    return [f"{{0x{a:X}, 0x{b:X}, {max(1, step)}, {delta}}}" for a, b, step, delta in out]
 
 
 def table(kind, name, rows):
@@ -54,9 +101,15 @@ def main():
     numeric = {c: 0 for c in CODE_POINTS if unicodedata.category(chr(c))[0] == "N"}
     numeric |= {c: 0 for first, last in NUMBERS_SINCE_15 for c in range(first, last + 1)}
     combining = {c: unicodedata.combining(chr(c)) for c in CODE_POINTS}
-    combining = {c: k for c, k in combining.items() if k}
+    combining = {c: k for c, k in combining.items() if k and has_known_class(c)}
+    removed, accents, isolated = bert_classes()
+    plain = lambda keys: [f"{{0x{a:X}, 0x{b:X}}}" for a, b, _ in ranges(keys)]
     tables = [
-        table("Range", "kNumericRanges", [f"{{0x{a:X}, 0x{b:X}}}" for a, b, _ in ranges(numeric)]),
+        table("Range", "kNumericRanges", plain(numeric)),
+        table("Range", "kControlRanges", plain(removed)),
+        table("Range", "kAccentRanges", plain(accents)),
+        table("Range", "kPunctuationRanges", plain(isolated)),
+        table("CaseRange", "kLowercaseRanges", lowercase_ranges()),
         table("CombiningRange", "kCombiningRanges",
               [f"{{0x{a:X}, 0x{b:X}, {k}}}" for a, b, k in ranges(combining)]),
         table("Decomposition", "kDecompositions", list(decompositions())),

@@ -134,4 +134,26 @@ std::string normalize_nfc(std::string_view text) {
   return out;
 }
 
+std::string normalize_nfd(std::string_view text) {
+  std::string out;
+  out.reserve(text.size());
+  std::vector<char32_t> run;  // from one starter to before the next: marks are sorted within
+  const auto flush = [&] {
+    sort_marks(run);
+    for (const char32_t c : run) append_utf8(out, c);
+    run.clear();
+  };
+  std::vector<char32_t> parts;
+  for (std::size_t position = 0; position < text.size();) {
+    const CodePoint next = decode_utf8(text, position);
+    position += next.length;
+    parts.clear();
+    append_decomposed(parts, next.value);
+    if (combining_class(parts.front()) == 0) flush();
+    run.insert(run.end(), parts.begin(), parts.end());
+  }
+  flush();
+  return out;
+}
+
 }  // namespace cleave

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <iterator>
+#include <span>
 
 #include "unicode_tables.h"
 
@@ -40,6 +41,20 @@ std::size_t skip_ascii(std::string_view text, std::size_t position) noexcept {
   }
   while (position < text.size() && static_cast<unsigned char>(text[position]) < 0x80) ++position;
   return position;
+}
+
+/// The range that holds a code point, or null.
+template <class Range>
+const Range* range_of(std::span<const Range> ranges, char32_t code_point) noexcept {
+  const auto after =
+      std::upper_bound(ranges.begin(), ranges.end(), code_point,
+                       [](char32_t value, const Range& range) { return value < range.first; });
+  if (after == ranges.begin() || code_point > std::prev(after)->last) return nullptr;
+  return &*std::prev(after);
+}
+
+bool is_in(std::span<const unicode_tables::Range> ranges, char32_t code_point) noexcept {
+  return range_of(ranges, code_point) != nullptr;
 }
 
 constexpr bool stands_for_itself(int byte) {
@@ -109,6 +124,8 @@ void append_utf8(std::string& out, char32_t code_point) {
   }
 }
 
+bool is_ascii(std::string_view text) noexcept { return skip_ascii(text, 0) == text.size(); }
+
 bool is_valid_utf8(std::string_view text) noexcept {
   std::size_t position = skip_ascii(text, 0);
   while (position < text.size()) {
@@ -139,11 +156,38 @@ bool is_whitespace(char32_t c) noexcept {
 
 bool is_numeric(char32_t code_point) noexcept {
   if (code_point < 0x80) return code_point >= '0' && code_point <= '9';
-  const auto ranges = unicode_tables::numeric_ranges();
-  const auto after = std::upper_bound(
-      ranges.begin(), ranges.end(), code_point,
-      [](char32_t value, const unicode_tables::Range& range) { return value < range.first; });
-  return after != ranges.begin() && code_point <= std::prev(after)->last;
+  return is_in(unicode_tables::numeric_ranges(), code_point);
+}
+
+bool is_control(char32_t c) noexcept {
+  if (c < 0x7F) return c < 0x20 && c != '\t' && c != '\n' && c != '\r';
+  return is_in(unicode_tables::control_ranges(), c);
+}
+
+bool is_accent(char32_t c) noexcept {
+  return c >= 0x300 && is_in(unicode_tables::accent_ranges(), c);
+}
+
+bool is_punctuation(char32_t c) noexcept {
+  if (c < 0x80)
+    return (c >= '!' && c <= '/') || (c >= ':' && c <= '@') || (c >= '[' && c <= '`') ||
+           (c >= '{' && c <= '~');
+  return is_in(unicode_tables::punctuation_ranges(), c);
+}
+
+bool is_chinese(char32_t c) noexcept {
+  return (c >= 0x4E00 && c <= 0x9FFF) || (c >= 0x3400 && c <= 0x4DBF) ||
+         (c >= 0x20000 && c <= 0x2A6DF) || (c >= 0x2A700 && c <= 0x2B81F) ||
+         (c >= 0x2B920 && c <= 0x2CEAF) || (c >= 0xF900 && c <= 0xFAFF) ||
+         (c >= 0x2F800 && c <= 0x2FA1F);
+}
+
+void append_lowercase(std::string& out, char32_t c) {
+  if (c < 0x80) return out.push_back(static_cast<char>(c >= 'A' && c <= 'Z' ? c + 32 : c));
+  if (c == 0x130) return void(out += "i\xCC\x87");  // the only one that becomes two
+  if (const auto* range = range_of(unicode_tables::lowercase_ranges(), c))
+    if ((c - range->first) % range->step == 0) c += static_cast<char32_t>(range->delta);
+  append_utf8(out, c);
 }
 
 char32_t unicode_of_byte(unsigned char byte) noexcept { return kByteTable.unicode[byte]; }

@@ -21,6 +21,7 @@ CodePoint decode_utf8(std::string_view text, std::size_t position) noexcept;
 
 void append_utf8(std::string& out, char32_t code_point);
 
+bool is_ascii(std::string_view text) noexcept;
 bool is_valid_utf8(std::string_view text) noexcept;
 
 /// The text with U+FFFD for each maximal invalid subpart: what Python's
@@ -32,6 +33,21 @@ bool is_whitespace(char32_t code_point) noexcept;
 
 /// General category Nd, Nl or No.
 bool is_numeric(char32_t code_point) noexcept;
+
+// The classes that BERT's tokenizers go by, as HuggingFace tokenizers has them
+// (unicode_tables.h).
+
+/// What cleaning a text removes: control, format and private-use characters, and U+FFFD; no tab,
+/// line feed or carriage return.
+bool is_control(char32_t code_point) noexcept;
+/// What stripping accents removes: category Mn.
+bool is_accent(char32_t code_point) noexcept;
+/// Category P, and all printable ASCII but letters, digits and space.
+bool is_punctuation(char32_t code_point) noexcept;
+/// The ideographs that get a space on either side: blocks, of which kana and Hangul are none.
+bool is_chinese(char32_t code_point) noexcept;
+/// Appends the lower case of a code point, whatever stands around it.
+void append_lowercase(std::string& out, char32_t code_point);
 
 /// The printable code point by which byte-level BPE writes a byte: printable Latin-1 stands for
 /// itself, the other 68 bytes are U+0100 onwards, in order (GPT-2's table).

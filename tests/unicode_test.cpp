@@ -54,6 +54,54 @@ TEST(UnicodeClasses, KnowNumbersAndSpace) {
   EXPECT_FALSE(is_whitespace(0x180E) || is_whitespace(0x200B) || is_whitespace(0xFEFF));
 }
 
+// Expected values: HuggingFace tokenizers 0.23, whose categories are those of Unicode 8.
+TEST(UnicodeClasses, AreBerts) {
+  EXPECT_TRUE(is_control(0) && is_control(0x7F) && is_control(0xAD) && is_control(0xFFFD));
+  EXPECT_TRUE(is_control(0xE000) && is_control(0x10FFFD));  // private use
+  EXPECT_FALSE(is_control('\t') || is_control('\n') || is_control('\r') || is_control(' '));
+  EXPECT_FALSE(is_control(0x378) || is_control(0x8E2));  // unassigned; assigned later
+  EXPECT_TRUE(is_accent(0x301) && is_accent(0x5B0) && is_accent(0x1734));
+  EXPECT_FALSE(is_accent(0x302F) || is_accent(0x903) || is_accent(0x1885) || is_accent('a'));
+  for (const char32_t c : {U'!', U'/', U':', U'`', U'$', U'+', U'^', U'~', U'\u00AB', U'\u3001'})
+    EXPECT_TRUE(is_punctuation(c)) << static_cast<unsigned>(c);
+  for (const char32_t c : {U'0', U'a', U'Z', U' ', U'\u20AC', U'\u00B1', char32_t{0x2E52}})
+    EXPECT_FALSE(is_punctuation(c)) << static_cast<unsigned>(c);
+  EXPECT_TRUE(is_chinese(0x4E00) && is_chinese(0x9FFF) && is_chinese(0x2CEAF));
+  EXPECT_FALSE(is_chinese(0x3042) || is_chinese(0xAC00) || is_chinese(0x2B820));
+}
+
+std::string lowercase(char32_t code_point) {
+  std::string out;
+  append_lowercase(out, code_point);
+  return out;
+}
+
+TEST(UnicodeClasses, LowerCaseIsThatOfACodePointAlone) {
+  EXPECT_EQ(lowercase('A') + lowercase('z') + lowercase('['), "az[");
+  EXPECT_EQ(lowercase(0x100) + lowercase(0x101), "\u0101\u0101");  // every second one changes
+  EXPECT_EQ(lowercase(0x3A3), "\u03C3");                           // at the end of a word as well
+  EXPECT_EQ(lowercase(0x130), "i\u0307");
+  EXPECT_EQ(lowercase(0x1E9E), "\u00DF");
+  EXPECT_EQ(lowercase(0x1E900), "\U0001E922");
+  EXPECT_EQ(lowercase(0x10FFFF), "\U0010FFFF");
+}
+
+TEST(Nfd, DecomposesAndReorders) {
+  EXPECT_EQ(normalize_nfd(""), "");
+  EXPECT_EQ(normalize_nfd("caf\u00E9"), "cafe\u0301");
+  EXPECT_EQ(normalize_nfd("\u212B"), "A\u030A");
+  EXPECT_EQ(normalize_nfd("\u1E69"), "s\u0323\u0307");
+  EXPECT_EQ(normalize_nfd("q\u0307\u0323e\u0301"), "q\u0323\u0307e\u0301");
+  EXPECT_EQ(normalize_nfd("\u0307\u0323"), "\u0323\u0307");  // no letter before them
+  EXPECT_EQ(normalize_nfd("\uD55C"), "\u1112\u1161\u11AB");
+}
+
+// Marks that the library does not know stay where they are, and nothing composes with them.
+TEST(Nfc, KnowsWhatHuggingFaceKnows) {
+  EXPECT_EQ(normalize_nfd("a\u0301\u07FD"), "a\u0301\u07FD");
+  EXPECT_EQ(normalize_nfc("\U00011935\U00011930"), "\U00011935\U00011930");
+}
+
 TEST(Nfc, ComposesReordersAndHonoursExclusions) {
   EXPECT_EQ(normalize_nfc("plain caf\u00E9"), "plain caf\u00E9");
   EXPECT_EQ(normalize_nfc("e\u0301"), "\u00E9");
