@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
-#include "bpe.h"
 #include "json_node.h"
 #include "normalizer.h"
 #include "pattern.h"
+#include "token_table.h"
 #include "unicode.h"
 
 namespace cleave {
@@ -96,10 +96,10 @@ std::vector<TextSection> AddedTokenMatcher::split(std::string_view text) const {
   return sections;
 }
 
-AddedTokens AddedTokens::from_json(const JsonNode& list, const Bpe& model,
+AddedTokens AddedTokens::from_json(const JsonNode& list, const TokenTable& vocabulary,
                                    const Normalizer& normalizer) {
   AddedTokens tokens;
-  std::int32_t next_id = model.token_count();
+  std::int32_t next_id = vocabulary.size();
   for (const JsonNode& node : list.elements()) {
     AddedToken token;
     token.content = node.at("content").as_string();
@@ -113,7 +113,7 @@ AddedTokens AddedTokens::from_json(const JsonNode& list, const Bpe& model,
     if (token.spelling.empty()) node.fail("the token is empty after normalisation");
 
     const AddedToken* known = tokens.by_content(token.content);
-    token.id = known != nullptr ? known->id : model.token_to_id(token.content);
+    token.id = known != nullptr ? known->id : vocabulary.find(token.content);
     if (token.id < 0) token.id = next_id++;
     tokens.max_id_ = std::max(tokens.max_id_, token.id);
     tokens.id_by_content_[token.content] = token.id;

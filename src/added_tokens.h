@@ -11,9 +11,9 @@
 
 namespace cleave {
 
-class Bpe;
 class JsonNode;
 class Normalizer;
+class TokenTable;
 
 /// A token that is recognised in the text itself, before the model sees it.
 struct AddedToken {
@@ -47,9 +47,9 @@ class AddedTokenMatcher {
 /// The added tokens of a tokenizer.
 class AddedTokens {
  public:
-  /// Ids are the model's where it knows the content, else the next free ones, as HuggingFace
+  /// Ids are the vocabulary's where it knows the content, else the next free ones, as HuggingFace
   /// assigns them.
-  static AddedTokens from_json(const JsonNode& list, const Bpe& model,
+  static AddedTokens from_json(const JsonNode& list, const TokenTable& vocabulary,
                                const Normalizer& normalizer);
 
   AddedTokens(AddedTokens&&) noexcept = default;  // the matchers point into by_id_

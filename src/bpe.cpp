@@ -7,13 +7,12 @@
 
 #include "cleave/error.h"
 #include "json_node.h"
+#include "json_vocabulary.h"
 #include "unicode.h"
 
 namespace cleave {
 namespace {
 
-// A larger id is a damaged file, and would make tokens_ huge.
-constexpr std::int64_t kMaxId = (1 << 24) - 1;
 // Longer words hardly repeat; more different words than this fill memory for little.
 constexpr std::size_t kLongestRememberedWord = 256;
 constexpr std::size_t kMostRememberedWords = 1 << 16;
@@ -64,25 +63,11 @@ const Merge* MergeTable::find(std::int32_t left, std::int32_t right) const noexc
 
 Bpe Bpe::from_json(const JsonNode& node) {
   Bpe bpe;
-  bpe.read_vocab(node.at("vocab"));
+  bpe.tokens_ = read_vocabulary(node.at("vocab"));
   bpe.read_merges(node.at("merges"));
   bpe.read_options(node);
   bpe.index_code_points();
   return bpe;
-}
-
-void Bpe::read_vocab(const JsonNode& vocab) {
-  if (!vocab.value().is_object()) vocab.fail("expected an object of tokens and their ids");
-  std::vector<TokenTable::Entry> entries;
-  entries.reserve(vocab.value().size());
-  for (auto token = vocab.value().begin(); token != vocab.value().end(); ++token) {
-    const nlohmann::json& id = token.value();
-    if (!id.is_number_integer() || id.get<std::int64_t>() < 0 || id.get<std::int64_t>() > kMaxId)
-      vocab.fail(
-          fmt::format("the id of \"{}\" is {}; expected 0..{}", token.key(), id.dump(), kMaxId));
-    entries.emplace_back(id.get<std::int32_t>(), token.key());
-  }
-  tokens_ = TokenTable(std::move(entries));
 }
 
 void Bpe::read_merges(const JsonNode& merges) {
@@ -110,7 +95,7 @@ void Bpe::read_merges(const JsonNode& merges) {
 void Bpe::add_merge(const JsonNode& node, std::string_view left, std::string_view right,
                     std::int32_t rank) {
   const auto id = [&](std::string_view token) {
-    const std::int32_t found = token_to_id(token);
+    const std::int32_t found = tokens_.find(token);
     if (found < 0)
       node.fail(
           fmt::format("merge {} (\"{}\" and \"{}\") needs the token \"{}\", which is not in "
@@ -130,7 +115,7 @@ void Bpe::read_options(const JsonNode& node) {
   ignore_merges_ = node.bool_or("ignore_merges", false);
   if (node.has("unk_token")) {
     const std::string unk = node.at("unk_token").as_string();
-    unk_id_ = token_to_id(unk);
+    unk_id_ = tokens_.find(unk);
     if (unk_id_ < 0) node.fail(fmt::format("unk_token \"{}\" is not in the vocabulary", unk));
   }
   for (const char* affix : {"continuing_subword_prefix", "end_of_word_suffix"})
@@ -145,16 +130,16 @@ void Bpe::index_code_points() {
   for (char32_t c = 0; c < short_code_points_.size(); ++c) {
     std::string spelled;
     append_utf8(spelled, c);
-    short_code_points_[c] = token_to_id(spelled);
+    short_code_points_[c] = tokens_.find(spelled);
   }
   for (std::size_t byte = 0; byte < byte_ids_.size(); ++byte)
-    byte_ids_[byte] = token_to_id(fmt::format("<0x{:02X}>", byte));
+    byte_ids_[byte] = tokens_.find(fmt::format("<0x{:02X}>", byte));
 }
 
 void Bpe::encode(std::string_view word, Workspace& workspace,
                  std::vector<std::int32_t>& ids) const {
   if (ignore_merges_) {
-    if (const std::int32_t id = token_to_id(word); id >= 0) return ids.push_back(id);
+    if (const std::int32_t id = tokens_.find(word); id >= 0) return ids.push_back(id);
   }
   if (word.size() <= kLongestRememberedWord) return encode_part(word, workspace, ids);
   for (std::size_t begin = 0; begin < word.size();) {
@@ -208,14 +193,14 @@ std::size_t Bpe::end_of_part(std::string_view word, std::size_t begin) const {
 void Bpe::index_joint(std::string_view left, std::string_view right) {
   std::size_t last = left.size() - 1;
   while (last > 0 && (static_cast<unsigned char>(left[last]) & 0xC0) == 0x80) --last;
-  const std::int32_t end = token_to_id(left.substr(last));
-  const std::int32_t begin = token_to_id(right.substr(0, decode_utf8(right, 0).length));
+  const std::int32_t end = tokens_.find(left.substr(last));
+  const std::int32_t begin = tokens_.find(right.substr(0, decode_utf8(right, 0).length));
   if (end >= 0 && begin >= 0) joints_.insert(end, begin, {});
 }
 
 std::int32_t Bpe::id_of_code_point(std::string_view spelled) const {
   if (spelled.size() <= 2) return short_code_points_[decode_utf8(spelled, 0).value];
-  return token_to_id(spelled);
+  return tokens_.find(spelled);
 }
 
 void Bpe::split_into_symbols(std::string_view word, Workspace& workspace) const {

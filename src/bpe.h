@@ -2,7 +2,6 @@
 
 #include <array>
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -77,17 +76,9 @@ class Bpe {
   /// @throws InvalidArgument  a word of 2^31 code points or more
   void encode(std::string_view word, Workspace& workspace, std::vector<std::int32_t>& ids) const;
 
-  /// -1 if there is no such token.
-  std::int32_t token_to_id(std::string_view token) const { return tokens_.find(token); }
-  /// Empty if there is no such id.
-  std::optional<std::string_view> id_to_token(std::int32_t id) const {
-    return tokens_.spelling(id);
-  }
-  std::int32_t token_count() const { return tokens_.size(); }
-  std::int32_t max_id() const { return tokens_.max_id(); }
+  const TokenTable& tokens() const { return tokens_; }
 
  private:
-  void read_vocab(const JsonNode& vocab);
   void read_merges(const JsonNode& merges);
   void add_merge(const JsonNode& node, std::string_view left, std::string_view right,
                  std::int32_t rank);

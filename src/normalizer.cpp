@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "bert_normalizer.h"
 #include "json_node.h"
 #include "nfc.h"
 #include "pattern.h"
@@ -29,9 +30,19 @@ void Normalizer::add(const JsonNode& node) {
     });
   } else if (type == "NFC") {
     steps_.push_back([](const std::string& text) { return normalize_nfc(text); });
+  } else if (type == "NFD") {
+    steps_.push_back([](const std::string& text) { return normalize_nfd(text); });
+  } else if (type == "Lowercase") {
+    steps_.push_back([](const std::string& text) { return to_lowercase(text); });
+  } else if (type == "BertNormalizer") {
+    steps_.push_back([bert = BertNormalizer::from_json(node)](const std::string& text) {
+      return bert.apply(text);
+    });
   } else {
     node.fail(fmt::format(
-        "normalizer \"{}\" is not supported; expected Sequence, Prepend, Replace or NFC", type));
+        "normalizer \"{}\" is not supported; expected Sequence, Prepend, Replace, NFC, NFD, "
+        "Lowercase or BertNormalizer",
+        type));
   }
 }
 

@@ -11,7 +11,8 @@ class JsonNode;
 /// Rewrites a stretch of text between added tokens before it is split.
 class Normalizer {
  public:
-  /// Reads Sequence, Prepend, Replace and NFC; null is the identity.
+  /// Reads Sequence, Prepend, Replace, NFC, NFD, Lowercase and BertNormalizer; null is the
+  /// identity.
   /// @throws FileError  any other type
   static Normalizer from_json(const JsonNode& node);
 

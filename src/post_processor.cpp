@@ -2,15 +2,32 @@
 
 #include <fmt/format.h>
 
+#include <limits>
+
 #include "json_node.h"
 
 namespace cleave {
 namespace {
 
+std::int32_t token_id(const JsonNode& node) {
+  const std::int64_t id = node.as_integer();
+  if (id < 0 || id > std::numeric_limits<std::int32_t>::max())
+    node.fail(fmt::format("the token id is {}; expected a number of the vocabulary", id));
+  return static_cast<std::int32_t>(id);
+}
+
+/// The id of ["[SEP]", 102].
+std::int32_t id_of_pair(const JsonNode& node) {
+  const std::vector<JsonNode> pair = node.elements();
+  if (pair.size() != 2) node.fail("expected a token and its id");
+  pair[0].as_string();
+  return token_id(pair[1]);
+}
+
 std::vector<std::int32_t> ids_of(const JsonNode& declarations, const std::string& token) {
   std::vector<std::int32_t> ids;
   for (const JsonNode& id : declarations.at(token).at("ids").elements())
-    ids.push_back(static_cast<std::int32_t>(id.as_integer()));
+    ids.push_back(token_id(id));
   return ids;
 }
 
@@ -29,12 +46,20 @@ void PostProcessor::add(const JsonNode& node) {
     for (const JsonNode& part : node.at("processors").elements()) add(part);
     return;
   }
+  if (type == "BertProcessing") {
+    before.insert(before.begin(), id_of_pair(node.at("cls")));
+    after.push_back(id_of_pair(node.at("sep")));
+    return;
+  }
   if (type != "TemplateProcessing")
     node.fail(fmt::format(
-        "post-processor \"{}\" is not supported; expected Sequence, TemplateProcessing or "
-        "ByteLevel",
+        "post-processor \"{}\" is not supported; expected Sequence, TemplateProcessing, "
+        "BertProcessing or ByteLevel",
         type));
+  add_template(node);
+}
 
+void PostProcessor::add_template(const JsonNode& node) {
   // Processors of a sequence wrap what the ones before them made.
   std::vector<std::int32_t> left, right;
   bool has_text = false;

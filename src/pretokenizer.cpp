@@ -78,19 +78,22 @@ void rewrite_pieces(PieceList& list, const Append& append) {
   list.text = std::move(text);
 }
 
-void find_digits(std::string_view text, std::vector<Segment>& segments) {
-  segments.clear();
-  std::size_t covered = 0;
-  for (std::size_t at = 0; at < text.size();) {
-    const CodePoint next = decode_utf8(text, at);
-    if (is_numeric(next.value)) {
-      if (covered < at) segments.push_back({covered, at, false});
-      covered = at + next.length;
-      segments.push_back({at, covered, true});
+/// Splits every piece at the code points of a class, each of which is a match.
+void split_at(PieceList& list, Behavior behavior, bool (*is_match)(char32_t) noexcept) {
+  split_pieces(list, behavior, [&](std::string_view text, std::vector<Segment>& segments) {
+    segments.clear();
+    std::size_t covered = 0;
+    for (std::size_t at = 0; at < text.size();) {
+      const CodePoint next = decode_utf8(text, at);
+      if (is_match(next.value)) {
+        if (covered < at) segments.push_back({covered, at, false});
+        covered = at + next.length;
+        segments.push_back({at, covered, true});
+      }
+      at += next.length;
     }
-    at += next.length;
-  }
-  if (covered < text.size()) segments.push_back({covered, text.size(), false});
+    if (covered < text.size()) segments.push_back({covered, text.size(), false});
+  });
 }
 
 void spell_bytes(PieceList& list) {
@@ -139,13 +142,22 @@ void PreTokenizer::add(const JsonNode& node) {
   } else if (type == "Digits") {
     const Behavior behavior =
         node.bool_or("individual_digits", false) ? Behavior::kIsolated : Behavior::kContiguous;
-    steps_.push_back([behavior](PieceList& list) { split_pieces(list, behavior, find_digits); });
+    steps_.push_back([behavior](PieceList& list) { split_at(list, behavior, is_numeric); });
   } else if (type == "Metaspace") {
     add_metaspace(node);
+  } else if (type == "BertPreTokenizer" || type == "WhitespaceSplit") {
+    steps_.push_back([](PieceList& list) { split_at(list, Behavior::kRemoved, is_whitespace); });
+    if (type == "BertPreTokenizer")
+      steps_.push_back(
+          [](PieceList& list) { split_at(list, Behavior::kIsolated, is_punctuation); });
+  } else if (type == "Punctuation") {
+    const Behavior behavior =
+        node.has("behavior") ? behavior_from_json(node.at("behavior")) : Behavior::kIsolated;
+    steps_.push_back([behavior](PieceList& list) { split_at(list, behavior, is_punctuation); });
   } else {
     node.fail(fmt::format(
-        "pre-tokenizer \"{}\" is not supported; expected Sequence, ByteLevel, Split, Digits or "
-        "Metaspace",
+        "pre-tokenizer \"{}\" is not supported; expected Sequence, ByteLevel, Split, Digits, "
+        "Metaspace, BertPreTokenizer, WhitespaceSplit or Punctuation",
         type));
   }
 }

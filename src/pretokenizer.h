@@ -27,7 +27,8 @@ struct PieceList {
 /// Cuts normalised text into pieces, and spells them as the model wants them.
 class PreTokenizer {
  public:
-  /// Reads Sequence, ByteLevel, Split, Digits and Metaspace; null leaves the text whole.
+  /// Reads Sequence, ByteLevel, Split, Digits, Metaspace, BertPreTokenizer, WhitespaceSplit and
+  /// Punctuation; null leaves the text whole.
   /// @throws FileError  any other type
   static PreTokenizer from_json(const JsonNode& node);
 

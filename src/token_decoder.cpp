@@ -91,6 +91,32 @@ Tokens decode_metaspace(Tokens tokens, const Pattern& replacement, bool prepends
   return tokens;
 }
 
+void replace_all(std::string& text, std::string_view from, std::string_view to) {
+  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size())
+    text.replace(at, from.size(), to);
+}
+
+/// English as it is written before a tokenizer spaces it out. HuggingFace does this to each token
+/// by itself, so that what spans two of them ("do not") stays.
+void clean_up(std::string& token) {
+  constexpr std::pair<std::string_view, std::string_view> kReplacements[] = {
+      {" .", "."},   {" ?", "?"},     {" !", "!"},    {" ,", ","},
+      {" ' ", "'"},  {" n't", "n't"}, {" 'm", "'m"},  {" do not", " don't"},
+      {" 's", "'s"}, {" 've", "'ve"}, {" 're", "'re"}};
+  for (const auto& [from, to] : kReplacements) replace_all(token, from, to);
+}
+
+Tokens decode_word_piece(Tokens tokens, const std::string& prefix, bool cleans_up) {
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    if (i > 0 && tokens[i].starts_with(prefix))
+      tokens[i].erase(0, prefix.size());
+    else if (i > 0)
+      tokens[i].insert(0, 1, ' ');
+    if (cleans_up) clean_up(tokens[i]);
+  }
+  return tokens;
+}
+
 }  // namespace
 
 TokenDecoder TokenDecoder::from_json(const JsonNode& node) {
@@ -133,10 +159,15 @@ void TokenDecoder::add(const JsonNode& node) {
         [prepends, pattern = Pattern::literal(node.at("replacement").as_string())](Tokens tokens) {
           return decode_metaspace(std::move(tokens), pattern, prepends);
         });
+  } else if (type == "WordPiece") {
+    steps_.push_back([prefix = node.string_or("prefix", "##"),
+                      cleans_up = node.bool_or("cleanup", true)](Tokens tokens) {
+      return decode_word_piece(std::move(tokens), prefix, cleans_up);
+    });
   } else {
     node.fail(fmt::format(
         "decoder \"{}\" is not supported; expected Sequence, ByteLevel, ByteFallback, Fuse, "
-        "Replace, Strip or Metaspace",
+        "Replace, Strip, Metaspace or WordPiece",
         type));
   }
 }

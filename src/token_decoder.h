@@ -11,8 +11,8 @@ class JsonNode;
 /// Turns the spellings of tokens back into text.
 class TokenDecoder {
  public:
-  /// Reads Sequence, ByteLevel, Replace, ByteFallback, Fuse, Strip and Metaspace; null joins the
-  /// tokens with a space.
+  /// Reads Sequence, ByteLevel, Replace, ByteFallback, Fuse, Strip, Metaspace and WordPiece; null
+  /// joins the tokens with a space.
   /// @throws FileError  any other type
   static TokenDecoder from_json(const JsonNode& node);
 

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <variant>
 
 #include "added_tokens.h"
 #include "bpe.h"
@@ -17,14 +18,18 @@
 #include "pretokenizer.h"
 #include "token_decoder.h"
 #include "unicode.h"
+#include "word_piece.h"
 
-// text -> [added tokens cut out] -> normaliser -> [added tokens again] -> pre-tokenizer -> BPE
-//      -> post-processor -> ids, and back through the decoder. Each stage is a file of its own.
+// text -> [added tokens cut out] -> normaliser -> [added tokens again] -> pre-tokenizer ->
+//      BPE or WordPiece -> post-processor -> ids, and back through the decoder. Each stage is a
+//      file of its own.
 
 namespace cleave {
 
+using TextModel = std::variant<Bpe, WordPiece>;
+
 struct Tokenizer::Impl {
-  Bpe model;
+  TextModel model;
   Normalizer normalizer;
   AddedTokens added;
   PreTokenizer pretokenizer;
@@ -33,16 +38,24 @@ struct Tokenizer::Impl {
   std::int32_t vocab_size;
 
   explicit Impl(const JsonNode& root);
-  void encode_text(std::string_view text, bool starts_input, Bpe::Workspace& workspace,
-                   std::vector<std::int32_t>& ids) const;
+  const TokenTable& vocabulary() const {
+    return std::visit([](const auto& of) -> const TokenTable& { return of.tokens(); }, model);
+  }
+  void encode(std::string_view text, std::vector<std::int32_t>& ids) const;
+  template <class Model>
+  void encode_text(const Model& of, std::string_view text, bool starts_input,
+                   typename Model::Workspace& workspace, std::vector<std::int32_t>& ids) const;
 };
 
 namespace {
 
-Bpe read_model(const JsonNode& node) {
-  const std::string type = node.string_or("type", "BPE");  // files before 0.9 leave it out
-  if (type != "BPE") node.fail(fmt::format("model \"{}\" is not supported; expected BPE", type));
-  return Bpe::from_json(node);
+TextModel read_model(const JsonNode& node) {
+  // Files before 0.9 leave the type out.
+  const std::string type =
+      node.string_or("type", node.has("max_input_chars_per_word") ? "WordPiece" : "BPE");
+  if (type == "BPE") return Bpe::from_json(node);
+  if (type == "WordPiece") return WordPiece::from_json(node);
+  node.fail(fmt::format("model \"{}\" is not supported; expected BPE or WordPiece", type));
 }
 
 void check_version(const JsonNode& root) {
@@ -58,11 +71,11 @@ void check_version(const JsonNode& root) {
 Tokenizer::Impl::Impl(const JsonNode& root)
     : model(read_model(root.at("model"))),
       normalizer(Normalizer::from_json(root.at_or_null("normalizer"))),
-      added(AddedTokens::from_json(root.at_or_null("added_tokens"), model, normalizer)),
+      added(AddedTokens::from_json(root.at_or_null("added_tokens"), vocabulary(), normalizer)),
       pretokenizer(PreTokenizer::from_json(root.at_or_null("pre_tokenizer"))),
       post_processor(PostProcessor::from_json(root.at_or_null("post_processor"))),
       decoder(TokenDecoder::from_json(root.at_or_null("decoder"))),
-      vocab_size(std::max(model.max_id(), added.max_id()) + 1) {
+      vocab_size(std::max(vocabulary().max_id(), added.max_id()) + 1) {
   check_version(root);
   for (const auto* ids : {&post_processor.before, &post_processor.after})
     for (const std::int32_t id : *ids)
@@ -71,8 +84,10 @@ Tokenizer::Impl::Impl(const JsonNode& root)
             .fail(fmt::format("token id {} is outside the vocabulary of {}", id, vocab_size));
 }
 
-void Tokenizer::Impl::encode_text(std::string_view text, bool starts_input,
-                                  Bpe::Workspace& workspace, std::vector<std::int32_t>& ids) const {
+template <class Model>
+void Tokenizer::Impl::encode_text(const Model& of, std::string_view text, bool starts_input,
+                                  typename Model::Workspace& workspace,
+                                  std::vector<std::int32_t>& ids) const {
   const std::string normalized = normalizer.apply(std::string(text));
   for (const TextSection& section : added.normalized().split(normalized)) {
     if (section.token != nullptr) {
@@ -82,9 +97,23 @@ void Tokenizer::Impl::encode_text(std::string_view text, bool starts_input,
     const PieceList list =
         pretokenizer.apply(normalized.substr(section.begin, section.end - section.begin),
                            starts_input && section.begin == 0);
-    for (const PieceList::Piece& piece : list.pieces)
-      model.encode(list.view(piece), workspace, ids);
+    for (const PieceList::Piece& piece : list.pieces) of.encode(list.view(piece), workspace, ids);
   }
+}
+
+void Tokenizer::Impl::encode(std::string_view text, std::vector<std::int32_t>& ids) const {
+  std::visit(
+      [&]<class Model>(const Model& of) {
+        typename Model::Workspace workspace;
+        for (const TextSection& section : added.raw().split(text)) {
+          if (section.token != nullptr)
+            ids.push_back(section.token->id);
+          else
+            encode_text(of, text.substr(section.begin, section.end - section.begin),
+                        section.begin == 0, workspace, ids);
+        }
+      },
+      model);
 }
 
 Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
@@ -123,14 +152,7 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_spec
   }
   std::vector<std::int32_t> ids;
   if (add_special_tokens) ids = impl_->post_processor.before;
-  Bpe::Workspace workspace;
-  for (const TextSection& section : impl_->added.raw().split(text)) {
-    if (section.token != nullptr)
-      ids.push_back(section.token->id);
-    else
-      impl_->encode_text(text.substr(section.begin, section.end - section.begin),
-                         section.begin == 0, workspace, ids);
-  }
+  impl_->encode(text, ids);
   const auto& after = impl_->post_processor.after;
   if (add_special_tokens) ids.insert(ids.end(), after.begin(), after.end());
   return ids;
@@ -148,7 +170,7 @@ std::string Tokenizer::decode(std::span<const std::int32_t> ids, bool skip_speci
     // Added tokens come back as they are found in a text, that is normalised; decoders undo it.
     if (const AddedToken* token = impl_->added.by_id(id)) {
       if (!skip_special_tokens || !token->special) tokens.push_back(token->spelling);
-    } else if (const auto spelling = impl_->model.id_to_token(id)) {
+    } else if (const auto spelling = impl_->vocabulary().spelling(id)) {
       tokens.emplace_back(*spelling);
     }  // else a hole in the vocabulary, which stands for nothing
   }
@@ -157,9 +179,17 @@ std::string Tokenizer::decode(std::span<const std::int32_t> ids, bool skip_speci
 
 std::int32_t Tokenizer::vocab_size() const { return impl_->vocab_size; }
 
+std::span<const std::int32_t> Tokenizer::special_before() const {
+  return impl_->post_processor.before;
+}
+
+std::span<const std::int32_t> Tokenizer::special_after() const {
+  return impl_->post_processor.after;
+}
+
 std::int32_t Tokenizer::token_to_id(std::string_view token) const {
   if (const AddedToken* added = impl_->added.by_content(token)) return added->id;
-  return impl_->model.token_to_id(token);
+  return impl_->vocabulary().find(token);
 }
 
 }  // namespace cleave

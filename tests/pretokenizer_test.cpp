@@ -52,6 +52,17 @@ TEST(PreTokenizer, DigitsStandAloneOrInRuns) {
             (Texts{"a", "12\u0663", "b"}));
 }
 
+TEST(PreTokenizer, BertSplitsAtSpaceAndIsolatesPunctuation) {
+  const std::string text = " it's\u2003a+b,\n\u3001\u00AB c ";
+  EXPECT_EQ(split({{"type", "BertPreTokenizer"}}, text),
+            (Texts{"it", "'", "s", "a", "+", "b", ",", "\u3001", "\u00AB", "c"}));
+  EXPECT_EQ(split({{"type", "WhitespaceSplit"}}, text),
+            (Texts{"it's", "a+b,", "\u3001\u00AB", "c"}));
+  EXPECT_EQ(split({{"type", "Punctuation"}}, "a,,b"), (Texts{"a", ",", ",", "b"}));
+  EXPECT_EQ(split({{"type", "Punctuation"}, {"behavior", "Contiguous"}}, "a,,b"),
+            (Texts{"a", ",,", "b"}));
+}
+
 TEST(PreTokenizer, ByteLevelSpellsBytes) {
   const auto byte_level = [](bool prefix, bool regex) {
     return json{{"type", "ByteLevel"}, {"add_prefix_space", prefix}, {"use_regex", regex}};

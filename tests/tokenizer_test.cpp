@@ -21,6 +21,7 @@ namespace {
 
 using nlohmann::json;
 using testing::demo_llama_dir;
+using testing::minilm_dir;
 using testing::shared_dir;
 using testing::smollm2_gguf;
 using testing::source_dir;
@@ -59,25 +60,28 @@ std::string fnv1a(const std::vector<std::int32_t>& ids) {
   return fmt::format("{:016x}", hash);
 }
 
-/// Adversarial strings: ids with and without special tokens, and what they decode to.
+/// Ids with and without special tokens, and what they decode to.
+void expect_golden_string(const Tokenizer& tokenizer, const std::string& text, const json& want) {
+  SCOPED_TRACE(json(text).dump(-1, ' ', true, json::error_handler_t::replace));
+  const auto plain = want["ids"].get<std::vector<std::int32_t>>();
+  const auto special = want.contains("ids_with_special")
+                           ? want["ids_with_special"].get<std::vector<std::int32_t>>()
+                           : plain;
+  EXPECT_EQ(tokenizer.encode(text, false), plain);
+  EXPECT_EQ(tokenizer.encode(text, true), special);
+  const auto decoded = want["decoded"].get<std::string>();
+  EXPECT_EQ(tokenizer.decode(special, false), decoded);
+  EXPECT_EQ(tokenizer.decode(special, true), want.value("decoded_without_special", decoded));
+}
+
+/// Adversarial strings.
 void expect_golden_strings(const Tokenizer& tokenizer, const std::string& name) {
   const json strings = golden("strings")["strings"], expected = golden(name)["strings"];
   ASSERT_EQ(strings.size(), expected.size());
   ASSERT_GT(strings.size(), 100u);
   for (std::size_t i = 0; i < strings.size(); ++i) {
-    const std::string text = base64_decode(strings[i].get<std::string>());
-    SCOPED_TRACE(fmt::format("string {}: {}", i,
-                             json(text).dump(-1, ' ', true, json::error_handler_t::replace)));
-    const json& want = expected[i];
-    const auto plain = want["ids"].get<std::vector<std::int32_t>>();
-    const auto special = want.contains("ids_with_special")
-                             ? want["ids_with_special"].get<std::vector<std::int32_t>>()
-                             : plain;
-    EXPECT_EQ(tokenizer.encode(text, false), plain);
-    EXPECT_EQ(tokenizer.encode(text, true), special);
-    const auto decoded = want["decoded"].get<std::string>();
-    EXPECT_EQ(tokenizer.decode(special, false), decoded);
-    EXPECT_EQ(tokenizer.decode(special, true), want.value("decoded_without_special", decoded));
+    SCOPED_TRACE(fmt::format("string {}", i));
+    expect_golden_string(tokenizer, base64_decode(strings[i].get<std::string>()), expected[i]);
   }
 }
 
@@ -115,6 +119,27 @@ TEST(TokenizerGolden, TinyStoriesStrings) {
 TEST(TokenizerGolden, TinyStoriesTexts) {
   CLEAVE_SKIP_WITHOUT(tinystories_dir());
   expect_golden_texts(Tokenizer::from_file(tinystories_dir() / "tokenizer.json"), "tinystories");
+}
+
+/// The tokenizer that a golden file holds, on that file's own strings.
+Tokenizer expect_golden_own(const std::string& name) {
+  const json file = golden(name);
+  Tokenizer tokenizer = Tokenizer::from_json(file["tokenizer"][0].dump(), name);
+  EXPECT_GT(file["own"].size(), 50u);
+  for (const json& want : file["own"])
+    expect_golden_string(tokenizer, want["text"].get<std::string>(), want);
+  return tokenizer;
+}
+
+TEST(TokenizerGolden, UncasedWordPiece) {
+  expect_golden_strings(expect_golden_own("uncased"), "uncased");
+}
+
+TEST(TokenizerGolden, CasedWordPiece) { expect_golden_own("cased"); }
+
+TEST(LargeTokenizerGolden, MiniLmTexts) {
+  CLEAVE_SKIP_WITHOUT(minilm_dir());
+  expect_golden_texts(Tokenizer::from_file(minilm_dir() / "tokenizer.json"), "minilm");
 }
 
 TEST(LargeTokenizerGolden, SmolLm2Strings) {

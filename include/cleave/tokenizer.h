@@ -13,9 +13,9 @@ namespace cleave {
 class Checkpoint;
 
 /// Text to token ids and back, exactly as HuggingFace `tokenizers` does it for the same
-/// `tokenizer.json`: byte-level BPE (GPT-2, Llama-3, SmolLM2) and the Llama-2 kind (BPE with byte
-/// fallback behind Prepend/Replace normalisers). Added and special tokens are recognised inside
-/// text.
+/// `tokenizer.json`: byte-level BPE (GPT-2, Llama-3, SmolLM2), the Llama-2 kind (BPE with byte
+/// fallback behind Prepend/Replace normalisers) and WordPiece (BERT). Added and special tokens are
+/// recognised inside text. Its truncation and padding are ignored.
 ///
 /// Invalid UTF-8 is read as U+FFFD, one per maximal invalid subpart (Unicode 3.9, as Python's
 /// errors="replace"). Immutable after construction; concurrent use is safe.
@@ -31,8 +31,12 @@ class Tokenizer {
   Tokenizer& operator=(Tokenizer&&) noexcept;
   ~Tokenizer();
 
-  /// @param add_special_tokens  apply the post-processor (a leading BOS for most models)
+  /// @param add_special_tokens  apply the post-processor (a leading BOS for most models,
+  ///                            [CLS] and [SEP] for encoders)
   std::vector<std::int32_t> encode(std::string_view text, bool add_special_tokens = false) const;
+  /// What the post-processor puts before and behind one text. Valid while this lives.
+  std::span<const std::int32_t> special_before() const;
+  std::span<const std::int32_t> special_after() const;
   /// @param skip_special_tokens  leave out tokens marked special
   /// @throws InvalidArgument  an id outside [0, vocab_size)
   std::string decode(std::span<const std::int32_t> ids, bool skip_special_tokens = true) const;

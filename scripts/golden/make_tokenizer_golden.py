@@ -9,6 +9,10 @@ absent are left out; their golden files stay as they are.
   tests/golden/tokenizer_NAME.json      per tokenizer: ids and decoded text of each string; for each
                                         text file the number of ids, a hash of them, the first 64
 
+The two WordPiece tokenizers of a few hundred tokens are made here; their files hold them as well
+("tokenizer", a tokenizer.json) and strings of their own ("own"), the cased one only those. Of
+all-MiniLM-L6-v2 only the texts are kept.
+
 The reference for SmolLM2 is built here from the keys of the GGUF in the layout of the model's own
 tokenizer.json (Digits one by one, then ByteLevel). It is not Transformers' reading of the GGUF
 (`gguf_file=`), which has no entry for the pre-tokenizer "smollm" and leaves Digits out: the two
@@ -21,13 +25,14 @@ import os
 import re
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 SHARED = Path(os.environ.get("CLEAVE_SHARED_DIR", ROOT.parent / "shared"))
 MODELS = Path(os.environ.get("CLEAVE_MODELS_DIR", ROOT / "models"))
 DEMO = ROOT / "examples" / "models" / "demo-llama"
+MINILM = MODELS / "all-MiniLM-L6-v2" / "tokenizer.json"
 SMOLLM2 = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 STRINGS = [
@@ -66,6 +71,28 @@ BYTES = [
 ]  # fmt: skip
 
 
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = (
+    "hello world Hello naive café cafe Café résumé resume once upon time there was little girl the The quick brown fox "
+    "new lines mixed end with space newline two right left don can ll ve unbeliev able do not user Hi def return print "
+    "Привет привет мир Мир ёлки елки σισυφος σίσυφος İ i̇ i ı ſ ß é ö É 我 喜 欢 机 器 学 习 漢 字 か カナ 한국 ᄒ ᄀ 🙂 😀 👩 \U00020000 １２３ سلم ไ नम "
+    "٠ Ⅷ ⅷ ½ ² € £ © ™ ± → 。 、 ， \ufb01 \U00011de0 \u0301 \u093f \U0001e92a \U000104c0"
+).split()
+ENDINGS = (
+    "able ly ing ed er s e é ö \u0301 \u0308 \u0302 ᅡ ᆫ 국 어 か な 字 σ ς 🙂 😀 \u200d \ufe0f ् ि ทย １ ＊ \U000104d8 ab abab"
+).split()
+WORD_PIECE_STRINGS = [
+    "unbelievable unbelieving unbelieve unbelievably", "##ing a##b # #a ## ###", "[MASK]", "a [MASK] b", "a[MASK]b", "  [MASK]  ", "[mask]",
+    "[ MASK ]", "[CLS] hello [SEP] world [SEP]", "[UNK][PAD]", "[CLS", "[MASK][MASK] [MASK]", "New York", "new york is not New York", "NEW YORKER",
+    "Don't do not DO NOT he's we've they're I'm can't", "hello , world ! ? . ' hello ' n't", "HELLO WORLD", "hElLo", "CAFÉ Cafe\u0301 cafe\u0301 café",
+    "É é E\u0301 e\u0301\u0327", "e\u0327\u0301 e\u0301\u0327", "\u0301", "\u0301 \u0301a", "a\u0301\u0301\u0301", "İ I\u0307 i\u0307", "ΣΊΣΥΦΟΣ σίσυφος", "ЁЛКИ Ёлки е\u0308лки",
+    "我喜欢hello机器學习", "漢字カナか", "한국어 \u1112\u1161\u11ab", "hello\u200bworld\u00adhello", "hello\x00wor\x7fld\ufffd!", "hello\u3000world\u2028hello", "hello\x0bworld\x0chello\x85world",
+    "\ue000hello\U000f0000", "\u0378hello\U000e0fff", "a" * 21, "a" * 100, "a" * 101, "é" * 100, "e\u0301" * 60, "🙂" * 100, "🙂🙂 a🙂 😀😀", "ab" * 40, "ab" * 9 + "#",
+    "$100 a+b=c ^_^ `x` |y| ~z~ <t>", "«hello» “world” ‘hello’ — … ‐ 、。，", "\u2e52hello\u16fe2\u1b7d\U00011fff", "\u166dhello\U000111c9", "𞤈𞤪 𐓀𐓘", "𝐇ello ﬁ ﬀ Å",
+    "\u0344\u0344x \u0958", "a\u07fd\u0301 a\u0301\u07fd b\u0898\u0327", "\U00011935\U00011930 \U00011938", "\u302a\u0301a\u302e", "नमि नम् ไทย", "\u1e9e ẞß ǅ ǈ", "", " ", "\x00", "\u0301\x00 ",
+]  # fmt: skip
+
+
 def fnv1a(ids):
     """FNV-1a, 64 bits, over the ids as little-endian int32."""
     value = 0xCBF29CE484222325
@@ -99,6 +126,33 @@ def smollm2():
     return tokenizer
 
 
+def word_piece(cased):
+    """A BERT's tokenizer of a few hundred tokens; the two differ in whatever a file can choose."""
+    printable = [chr(c) for c in range(33, 127)]
+    continued = [c for c in printable if c.isalnum()]
+    tokens = SPECIAL + printable + WORDS + ["##" + part for part in continued + ENDINGS] + ["##", "###a"]
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    model = models.WordPiece(
+        vocab, unk_token="[UNK]", continuing_subword_prefix="##", max_input_chars_per_word=20 if cased else 100
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cased)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    cls, sep = ("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])
+    tokenizer.post_processor = (
+        processors.BertProcessing(sep, cls)
+        if cased
+        else processors.TemplateProcessing("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [cls, sep])
+    )
+    tokenizer.decoder = decoders.WordPiece("##", cleanup=not cased)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False, lstrip=t == "[MASK]") for t in SPECIAL])
+    tokenizer.add_tokens([AddedToken("New York", normalized=True, single_word=True)])
+    if not cased:  # as files come that shape batches; what is read here is the text
+        tokenizer.enable_truncation(8)
+        tokenizer.enable_padding(length=8)
+    return tokenizer
+
+
 def tokenizers():
     if SMOLLM2.exists():
         yield "smollm2", smollm2()
@@ -125,6 +179,15 @@ def golden_of_string(tokenizer, text):
 def golden_of_text(tokenizer, file):
     ids = tokenizer.encode(file.read_bytes().decode("utf-8"), add_special_tokens=False).ids
     return {"file": file.name, "count": len(ids), "fnv1a": fnv1a(ids), "first": ids[:64]}
+
+
+def write_word_piece(name, tokenizer, texts=()):
+    description = json.loads(tokenizer.to_str())
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    own = [{"text": text} | golden_of_string(tokenizer, text) for text in WORD_PIECE_STRINGS]
+    strings = [golden_of_string(tokenizer, text) for text in texts]
+    write(name, {"tokenizer": [description], "own": own} | ({"strings": strings} if strings else {}))
 
 
 def write(name, value):
@@ -182,9 +245,16 @@ def main():
         check_transformers()
     raw = [text.encode("utf-8") for text in STRINGS] + BYTES
     write("strings", {"strings": [base64.b64encode(data).decode() for data in raw]})
+    texts = [data.decode("utf-8", errors="replace") for data in raw]
+    files = sorted((SHARED / "text").glob("*.txt"))
+    write_word_piece("uncased", word_piece(cased=False), texts)
+    write_word_piece("cased", word_piece(cased=True))
+    if MINILM.exists() and files:
+        minilm = Tokenizer.from_file(str(MINILM))
+        minilm.no_truncation()
+        minilm.no_padding()
+        write("minilm", {"texts": [golden_of_text(minilm, file) for file in files]})
     for name, tokenizer in tokenizers():
-        texts = [data.decode("utf-8", errors="replace") for data in raw]
-        files = sorted((SHARED / "text").glob("*.txt"))
         write(
             name,
             {

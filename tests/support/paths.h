@@ -28,6 +28,7 @@ inline std::filesystem::path models_dir() {
 inline std::filesystem::path smollm2_gguf() {
   return models_dir() / "SmolLM2-135M-Instruct.Q4_1.gguf";
 }
+inline std::filesystem::path minilm_dir() { return models_dir() / "all-MiniLM-L6-v2"; }
 inline std::filesystem::path tinystories_dir() {
   return shared_dir() / "models" / "tinystories-656K";
 }
