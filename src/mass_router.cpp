@@ -18,12 +18,14 @@ constexpr std::int64_t kMassTokens = 4096;
 constexpr std::int64_t kMassBlock = 256;  // tokens whose products are held at a time
 constexpr double kNearZero = 1e-4;        // act(a) / a is taken there for a smaller a
 
-/// Rows of x, evenly spaced, one after the other.
-FloatRows sample_of(MatrixView<const float> x) {
-  const std::int64_t n = std::min(x.rows, kMassTokens);
-  FloatRows sample(n, x.cols);
-  for (std::int64_t i = 0; i < n; ++i)
-    std::copy_n(x.row(i * x.rows / n), x.cols, sample.data() + i * x.cols);
+/// Rows of x, evenly spaced, one after the other; each with a 1 behind it if `constant`.
+FloatRows sample_of(MatrixView<const float> x, bool constant) {
+  const std::int64_t n = std::min(x.rows, kMassTokens), cols = x.cols + (constant ? 1 : 0);
+  FloatRows sample(n, cols);
+  for (std::int64_t i = 0; i < n; ++i) {
+    sample(i, cols - 1) = 1.0f;
+    std::copy_n(x.row(i * x.rows / n), x.cols, sample.data() + i * cols);
+  }
   return sample;
 }
 
@@ -33,8 +35,8 @@ std::vector<double> gate_openings(const FfnView& ffn, const FloatRows& x,
   const std::int64_t T = x.rows(), H = ffn.up.rows;
   const Buffer products(T * H);
   const MatrixView<float> a(products.data(), T, H);
-  linear({x.data(), T, x.cols()}, opening_rows(ffn), ffn.gate.empty() ? ffn.up_bias : ffn.gate_bias,
-         a, parallel);
+  linear({x.data(), T, ffn.up.cols, x.cols()}, opening_rows(ffn),
+         ffn.gate.empty() ? ffn.up_bias : ffn.gate_bias, a, parallel);
   std::vector<double> open(static_cast<std::size_t>(H));
   parallel(H, 16, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = 0; t < T; ++t)
@@ -49,15 +51,15 @@ std::vector<double> gate_openings(const FfnView& ffn, const FloatRows& x,
   return open;
 }
 
-/// out [R, D] = V^T A, V the first eigenvectors of A C A^T.
-void truncate(const FloatRows& rows, const FloatRows& moment, std::int64_t rank, float* out) {
+/// V^T A [R, D], V the first eigenvectors of A C A^T.
+FloatRows truncated(const FloatRows& rows, const FloatRows& moment, std::int64_t rank) {
   const Eigen::MatrixXd gram = (rows * moment * rows.transpose()).cast<double>();
   // Eigenvalues come in rising order.
   const Eigen::MatrixXf top = Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd>(gram)
                                   .eigenvectors()
                                   .rightCols(rank)
                                   .cast<float>();
-  Eigen::Map<FloatRows>(out, rank, rows.cols()) = top.transpose() * rows;
+  return top.transpose() * rows;
 }
 
 std::vector<std::vector<std::int32_t>> members_of(std::span<const std::int32_t> expert_of_neuron,
@@ -96,16 +98,17 @@ MassRouter fit_mass_router(const FfnView& ffn, std::span<const std::int32_t> exp
   const auto members = members_of(expert_of_neuron, num_experts);
   const auto I = static_cast<std::int64_t>(members[0].size());
   const std::int64_t D = x.cols, R = std::min({rank, I, D});
-  const FloatRows sample = sample_of(x);
+  const bool gated = !ffn.gate.empty(), biased = !gated && !ffn.up_bias.empty();
+  const FloatRows sample = sample_of(x, biased);
   const FloatRows moment = sample.transpose() * sample / static_cast<float>(sample.rows());
   if (!moment.allFinite()) fail_argument("fit_mass_router: an input is not finite");
   const std::vector<double> open = gate_openings(ffn, sample, parallel);
   const auto size = static_cast<std::size_t>(num_experts * R * D);
-  const bool gated = !ffn.gate.empty();
-  MassRouter router{num_experts, D, R, std::vector<float>(size),
-                    std::vector<float>(gated ? size : 0)};
+  MassRouter router{num_experts, D, R, std::vector<float>(size), {}, {}};
+  if (gated) router.up.resize(size);
+  if (biased) router.gate_bias.resize(static_cast<std::size_t>(num_experts * R));
   parallel(num_experts, 1, [&](std::int64_t begin, std::int64_t end) {
-    FloatRows gate(I, D), up(I, D);
+    FloatRows gate(I, sample.cols()), up(I, D);
     for (std::int64_t e = begin; e < end; ++e) {
       for (std::int64_t i = 0; i < I; ++i) {
         const std::int32_t j = members[e][i];
@@ -114,9 +117,13 @@ MassRouter fit_mass_router(const FfnView& ffn, std::span<const std::int32_t> exp
           gate(i, d) = weight * opening_rows(ffn)(j, d);
           up(i, d) = ffn.up(j, d);
         }
+        if (biased) gate(i, D) = weight * ffn.up_bias[j];
       }
-      truncate(gate, moment, R, router.gate.data() + e * R * D);
-      if (gated) truncate(up, moment, R, router.up.data() + e * R * D);
+      const FloatRows short_gate = truncated(gate, moment, R);
+      Eigen::Map<FloatRows>(router.gate.data() + e * R * D, R, D) = short_gate.leftCols(D);
+      for (std::int64_t r = 0; biased && r < R; ++r) router.gate_bias[e * R + r] = short_gate(r, D);
+      if (gated)
+        Eigen::Map<FloatRows>(router.up.data() + e * R * D, R, D) = truncated(up, moment, R);
     }
   });
   return router;
@@ -132,7 +139,8 @@ void mass_scores(const MassRouter& router, MatrixView<const float> x, MatrixView
   for (std::int64_t first = 0; first < x.rows; first += kMassBlock) {
     const std::int64_t T = std::min(kMassBlock, x.rows - first);
     const MatrixView<float> gate(room.data(), T, E * R), up(room.data() + T * E * R, T, E * R);
-    linear(x.slice_rows(first, T), {router.gate.data(), E * R, D}, {}, gate, parallel);
+    linear(x.slice_rows(first, T), {router.gate.data(), E * R, D}, router.gate_bias, gate,
+           parallel);
     if (!router.up.empty())
       linear(x.slice_rows(first, T), {router.up.data(), E * R, D}, {}, up, parallel);
     for (std::int64_t t = 0; t < T; ++t)

@@ -92,7 +92,8 @@ TEST_F(MassRouters, WithoutAGateWeighTheUpRows) {
     for (std::int64_t e = 0; e < kExperts; ++e) {
       double sum = 0.0;
       for (std::int64_t j = 0; j < kH; ++j)
-        if (expert_[j] == e) sum += open[j] * std::pow(product(ffn_.up, j, x().row(t)), 2);
+        if (expert_[j] == e)
+          sum += open[j] * std::pow(product(ffn_.up, j, x().row(t)) + ffn_.up_bias[j], 2);
       const double expected = std::sqrt(sum);
       EXPECT_NEAR(scores[t * kExperts + e], expected, 1e-4 * expected) << t << " " << e;
     }
