@@ -28,8 +28,8 @@ void write_converted(const Checkpoint& dense, const std::filesystem::path& text,
   spec.threads = threads;
   std::optional<TokenWindows> windows;
   if (!text.empty())
-    windows = make_windows(Tokenizer::from_checkpoint(dense).encode(read_text(text)), kContext,
-                           kTokens, text.string());
+    windows = model_windows(dense.config(), Tokenizer::from_checkpoint(dense), read_text(text),
+                            kContext, kTokens, text.string());
   const Conversion conversion = convert(dense, spec, windows ? &*windows : nullptr);
   write_conversion(out, dense, conversion, "{}", {.dtype = DType::kBF16});
 }

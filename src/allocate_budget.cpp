@@ -22,17 +22,6 @@ constexpr std::int64_t kQuickPart = 4;   // a quick conversion sees one window i
 constexpr std::int64_t kStepPart = 4;    // a layer is tried with a quarter more, and with one less
 constexpr std::int64_t kCandidates = 3;  // beside the uniform one
 
-TokenWindows pick_windows(const TokenWindows& from, const std::vector<std::int64_t>& which,
-                          std::int64_t context) {
-  TokenWindows picked;
-  picked.context = context;
-  for (const std::int64_t w : which) {
-    const auto window = from.window(w).first(static_cast<std::size_t>(context));
-    picked.tokens.insert(picked.tokens.end(), window.begin(), window.end());
-  }
-  return picked;
-}
-
 /// `count` of `all` indices, evenly spaced.
 std::vector<std::int64_t> spread(std::int64_t all, std::int64_t count) {
   std::vector<std::int64_t> indices;
@@ -57,7 +46,8 @@ struct AllocationText {
     quick = pick_windows(fit, spread(fit.count(), std::max<std::int64_t>(1, all / kQuickPart)),
                          context);
     apart = pick_windows(text, held, context);
-    scan = pick_windows(text, held, std::max<std::int64_t>(2, context / 2));
+    const std::int64_t least = std::max<std::int64_t>(2, text.before + text.after + 1);
+    scan = pick_windows(text, held, std::max(least, context / 2));
   }
 };
 
@@ -311,6 +301,22 @@ std::size_t best_screened(const std::vector<AllocationCandidate>& candidates) {
 }
 
 }  // namespace
+
+TokenWindows pick_windows(const TokenWindows& from, const std::vector<std::int64_t>& which,
+                          std::int64_t context) {
+  TokenWindows picked;
+  picked.context = context;
+  picked.before = from.before;
+  picked.after = from.after;
+  for (const std::int64_t w : which) {
+    const auto window = from.window(w);
+    const auto text = window.first(static_cast<std::size_t>(context - from.after));
+    const auto after = window.last(static_cast<std::size_t>(from.after));
+    picked.tokens.insert(picked.tokens.end(), text.begin(), text.end());
+    picked.tokens.insert(picked.tokens.end(), after.begin(), after.end());
+  }
+  return picked;
+}
 
 std::vector<std::vector<std::int64_t>> exchange_widths(const std::vector<LayerCost>& costs,
                                                        const WidthRange& range) {

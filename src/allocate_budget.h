@@ -28,6 +28,11 @@ struct WidthRange {
 std::vector<std::vector<std::int64_t>> exchange_widths(const std::vector<LayerCost>& costs,
                                                        const WidthRange& range);
 
+/// Windows `which` of `from`, at most as long. Shorter ones lose the end of their text, not the
+/// special tokens behind it.
+TokenWindows pick_windows(const TokenWindows& from, const std::vector<std::int64_t>& which,
+                          std::int64_t context);
+
 /// @throws InvalidArgument  nothing to divide, or too few windows to hold some apart
 void check_allocation(const BudgetShares& shares, const TokenWindows& calibration);
 

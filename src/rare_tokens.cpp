@@ -57,6 +57,8 @@ TokenWindows rare_token_windows(Model& model, const TokenWindows& text, std::int
                                 std::uint64_t seed) {
   TokenWindows windows;
   windows.context = text.context;
+  windows.before = text.before;
+  windows.after = text.after;
   std::vector<std::int32_t> rare = lacking(model, text);
   if (rare.empty()) return windows;
   const std::int64_t tokens = std::min(count, text.count()) * text.context;
@@ -65,8 +67,11 @@ TokenWindows rare_token_windows(Model& model, const TokenWindows& text, std::int
   std::mt19937_64 random(seed);
   const auto below = [&](std::size_t n) { return ((random() >> 32) * n) >> 32; };
   std::size_t next = 0;
+  const std::int64_t first = std::max<std::int64_t>(1, text.before);
   for (std::int64_t t = 0; t < tokens; ++t) {
-    if (t % text.context == 0 || static_cast<double>(random() >> 11) * 0x1p-53 >= kRareTokens)
+    const std::int64_t place = t % text.context;
+    if (place < first || place >= text.context - text.after ||
+        static_cast<double>(random() >> 11) * 0x1p-53 >= kRareTokens)
       continue;
     if (next == rare.size()) next = 0;
     std::swap(rare[next], rare[next + below(rare.size() - next)]);

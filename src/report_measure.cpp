@@ -180,7 +180,7 @@ RouterQuality mean_quality(const std::vector<LayerReport>& layers) {
 TokenWindows first_tokens(const TokenWindows& text, std::int64_t tokens) {
   const std::int64_t windows =
       std::clamp<std::int64_t>(tokens / text.context, 1, std::max<std::int64_t>(text.count(), 1));
-  TokenWindows sample{text.tokens, text.context};
+  TokenWindows sample = text;
   sample.tokens.resize(static_cast<std::size_t>(windows * text.context));
   return sample;
 }

@@ -5,6 +5,8 @@
 #include <iterator>
 #include <string_view>
 
+#include "cleave/model_config.h"
+#include "cleave/tokenizer.h"
 #include "fail.h"
 
 namespace cleave {
@@ -64,27 +66,62 @@ std::string read_text(const std::filesystem::path& file) {
   return text;
 }
 
+WindowFrame window_frame(const ModelConfig& config, const Tokenizer& tokenizer) {
+  if (config.causal) return {};
+  const auto before = tokenizer.special_before(), after = tokenizer.special_after();
+  return {{before.begin(), before.end()}, {after.begin(), after.end()}};
+}
+
 TokenWindows make_windows(std::vector<std::int32_t> tokens, std::int64_t context,
-                          std::int64_t limit_tokens, const std::string& origin) {
+                          std::int64_t limit_tokens, const std::string& origin,
+                          const WindowFrame& frame) {
+  TokenWindows windows{{}, context, std::ssize(frame.before), std::ssize(frame.after)};
+  const auto all = std::ssize(tokens), room = context - windows.before - windows.after;
   if (context < 2)
     fail_argument("context is {} tokens; expected at least 2: one to read and one to predict",
                   context);
+  if (room < 1)
+    fail_argument("context is {} tokens, and {} special ones stand around a text; expected more",
+                  context, context - room);
   if (limit_tokens < 0)
     fail_argument("limit of tokens is {}; expected 0 (all) or more", limit_tokens);
-  const auto all = static_cast<std::int64_t>(tokens.size());
-  const std::int64_t used = limit_tokens == 0 ? all : std::min(all, limit_tokens);
-  if (all < context)
+  if (all < room)
     fail_file(
         "{}: has {} tokens, fewer than one window of {}; give a longer text or a smaller "
         "context",
-        origin, all, context);
-  if (used < context)
+        origin, all, room);
+  if (limit_tokens > 0 && limit_tokens < context)
     fail_argument(
         "limit of {} tokens is less than one window of {}; raise it or take a smaller "
         "context",
         limit_tokens, context);
-  tokens.resize(used / context * context);
-  return {std::move(tokens), context};
+  const std::int64_t count =
+      limit_tokens == 0 ? all / room : std::min(all / room, limit_tokens / context);
+  if (room == context) {
+    tokens.resize(static_cast<std::size_t>(count * context));
+    windows.tokens = std::move(tokens);
+    return windows;
+  }
+  windows.tokens.reserve(static_cast<std::size_t>(count * context));
+  const auto append = [&](auto begin, auto end) {
+    windows.tokens.insert(windows.tokens.end(), begin, end);
+  };
+  for (std::int64_t w = 0; w < count; ++w) {
+    append(frame.before.begin(), frame.before.end());
+    append(tokens.begin() + w * room, tokens.begin() + (w + 1) * room);
+    append(frame.after.begin(), frame.after.end());
+  }
+  return windows;
+}
+
+TokenWindows model_windows(const ModelConfig& config, const Tokenizer& tokenizer,
+                           std::string_view text, std::int64_t context, std::int64_t limit_tokens,
+                           const std::string& origin) {
+  if (!config.rotary && context > config.max_position_embeddings)
+    fail_argument("context is {} tokens; the model has learned {} positions; give at most that",
+                  context, config.max_position_embeddings);
+  return make_windows(tokenizer.encode(text), context, limit_tokens, origin,
+                      window_frame(config, tokenizer));
 }
 
 }  // namespace cleave

@@ -24,6 +24,17 @@ using testing::logits_of;
 using testing::TempDir;
 using Widths = std::vector<std::int64_t>;
 
+TEST(PickWindows, ShortenTheTextBetweenSpecialTokens) {
+  const TokenWindows from =
+      make_windows({1, 2, 3, 4, 5, 6, 7, 8, 9}, 5, 0, "text", WindowFrame{{20}, {30}});
+  const TokenWindows picked = pick_windows(from, {0, 2}, 4);
+  EXPECT_EQ(picked.tokens, (std::vector<std::int32_t>{20, 1, 2, 30, 20, 7, 8, 30}));
+  EXPECT_EQ(picked.context, 4);
+  EXPECT_EQ(picked.before + picked.after, 2);
+  EXPECT_EQ(pick_windows(make_windows({1, 2, 3, 4, 5, 6}, 3, 0, "text"), {1}, 2).tokens,
+            (std::vector<std::int32_t>{4, 5}));
+}
+
 std::int64_t sum_of(const Widths& widths) {
   return std::accumulate(widths.begin(), widths.end(), std::int64_t{0});
 }

@@ -52,6 +52,22 @@ TEST_F(RareTokens, ReplaceFourTenthsByWhatTheTextLacks) {
   EXPECT_LE(most, least + 1) << "one came again before all had come";
 }
 
+TEST_F(RareTokens, LeaveSpecialTokensAroundATextAlone) {
+  Model model = Model::load(source_);
+  TokenWindows framed = calibration_;
+  framed.before = 5;
+  framed.after = 7;
+  const TokenWindows windows = rare_token_windows(model, framed, 2, 1);
+  EXPECT_EQ(windows.before, 5);
+  EXPECT_EQ(windows.after, 7);
+  EXPECT_FALSE(replaced(windows, framed).empty());
+  for (std::int64_t w = 0; w < windows.count(); ++w) {
+    const auto is = windows.window(w), was = framed.window(w);
+    EXPECT_TRUE(std::equal(is.begin(), is.begin() + 5, was.begin()));
+    EXPECT_TRUE(std::equal(is.end() - 7, is.end(), was.end() - 7));
+  }
+}
+
 TEST_F(RareTokens, AreNoneWhereTheTextHasTheWholeVocabulary) {
   Model model = Model::load(source_);
   TokenWindows all;

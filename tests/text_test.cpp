@@ -5,6 +5,8 @@
 #include <fstream>
 
 #include "cleave/error.h"
+#include "cleave/model_config.h"
+#include "cleave/tokenizer.h"
 #include "support/paths.h"
 
 namespace cleave {
@@ -68,6 +70,55 @@ TEST(MakeWindows, RefusesTooLittle) {
   } catch (const FileError& error) {
     EXPECT_EQ(std::string(error.what()).find("story.txt: has 3 tokens"), 0u) << error.what();
   }
+}
+
+TEST(MakeWindows, FramesArePartOfEachWindow) {
+  const WindowFrame frame{{101}, {102, 103}};
+  const TokenWindows windows = make_windows({1, 2, 3, 4, 5}, 5, 0, "text", frame);
+  EXPECT_EQ(windows.tokens, (std::vector<std::int32_t>{101, 1, 2, 102, 103, 101, 3, 4, 102, 103}));
+  EXPECT_EQ(windows.count(), 2);
+  EXPECT_EQ(windows.before, 1);
+  EXPECT_EQ(windows.after, 2);
+  EXPECT_EQ(make_windows({1, 2, 3, 4, 5}, 5, 9, "text", frame).count(), 1);  // not two of 5
+  EXPECT_EQ(make_windows({1, 2}, 5, 5, "text", frame).count(), 1);
+  EXPECT_THROW(make_windows({1, 2}, 3, 0, "text", frame), InvalidArgument);  // no room for text
+  EXPECT_THROW(make_windows({1, 2}, 5, 4, "text", frame), InvalidArgument);
+  EXPECT_THROW(make_windows({1}, 5, 0, "text", frame), FileError);
+}
+
+/// Knows "a" (3) and "b" (4), and puts [CLS] (1) and [SEP] (2) around a text.
+Tokenizer framing_tokenizer(bool frames = true) {
+  const std::string processor =
+      R"({"type": "BertProcessing", "cls": ["[CLS]", 1], "sep": ["[SEP]", 2]})";
+  return Tokenizer::from_json(R"({"added_tokens": [], "pre_tokenizer": {"type": "BertPreTokenizer"},
+      "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+        "max_input_chars_per_word": 100,
+        "vocab": {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "b": 4}},
+      "post_processor": )" + (frames ? processor : "null") +
+                                  "}",
+                              "frame.json");
+}
+
+TEST(ModelWindows, OfAnEncoderStandBetweenSpecialTokens) {
+  using Tokens = std::vector<std::int32_t>;
+  ModelConfig encoder;
+  encoder.causal = false;
+  const auto tokens = [](const ModelConfig& config, const Tokenizer& tokenizer) {
+    return model_windows(config, tokenizer, "a b a b a", 4, 0, "text").tokens;
+  };
+  EXPECT_EQ(tokens(encoder, framing_tokenizer()), (Tokens{1, 3, 4, 2, 1, 3, 4, 2}));
+  EXPECT_EQ(tokens(encoder, framing_tokenizer(false)), (Tokens{3, 4, 3, 4}));
+  EXPECT_EQ(tokens(ModelConfig{}, framing_tokenizer()), (Tokens{3, 4, 3, 4}));
+}
+
+TEST(ModelWindows, AreNoLongerThanThereAreLearnedPositions) {
+  ModelConfig config;
+  config.max_position_embeddings = 4;
+  EXPECT_EQ(model_windows(config, framing_tokenizer(), "a b a b a", 5, 0, "text").count(), 1);
+  config.rotary = false;
+  EXPECT_EQ(model_windows(config, framing_tokenizer(), "a b a b a", 4, 0, "text").count(), 1);
+  EXPECT_THROW(model_windows(config, framing_tokenizer(), "a b a b a", 5, 0, "text"),
+               InvalidArgument);
 }
 
 }  // namespace

@@ -20,7 +20,7 @@ struct CalibrateOptions {
 };
 
 /// Each text gives an equal share of the tokens.
-std::vector<CalibrationText> load_texts(const CalibrateOptions& options,
+std::vector<CalibrationText> load_texts(const CalibrateOptions& options, const ModelConfig& config,
                                         const Tokenizer& tokenizer) {
   const auto count = static_cast<std::int64_t>(options.text.size());
   check_text_weights("--text-weights", options.text_weights, options.text.size());
@@ -31,7 +31,7 @@ std::vector<CalibrationText> load_texts(const CalibrateOptions& options,
         options.calibration_tokens, share, count, options.context));
   std::vector<CalibrationText> texts;
   for (std::size_t i = 0; i < options.text.size(); ++i)
-    texts.push_back({load_windows(tokenizer, {options.text[i]}, options.context, share),
+    texts.push_back({load_windows(config, tokenizer, {options.text[i]}, options.context, share),
                      options.text_weights.empty() ? 1.0 : options.text_weights[i]});
   return texts;
 }
@@ -79,7 +79,7 @@ void run_calibrate(CalibrateOptions options, const CLI::App& command) {
   if (command.count("--context") == 0)
     options.context = default_context(options.context, source.config());
   const std::vector<CalibrationText> texts =
-      load_texts(options, Tokenizer::from_checkpoint(source));
+      load_texts(options, source.config(), Tokenizer::from_checkpoint(source));
   std::int64_t windows = 0;
   for (const CalibrationText& text : texts) windows += text.windows.count();
 

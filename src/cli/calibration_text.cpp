@@ -45,16 +45,18 @@ void check_file_shares(const FileShares& shares) {
         "each; give a number of tokens, or no weights");
 }
 
-TokenWindows text_of_files(const Tokenizer& tokenizer, const FileShares& shares,
-                           std::vector<std::string>& notices) {
+TokenWindows text_of_files(const ModelConfig& config, const Tokenizer& tokenizer,
+                           const FileShares& shares, std::vector<std::string>& notices) {
   const std::vector<std::int64_t> windows = windows_of(shares);
   TokenWindows all;
   all.context = shares.context;
   for (std::size_t i = 0; i < windows.size(); ++i) {
     const std::string& file = shares.files[i];
     TokenWindows part =
-        load_windows(tokenizer, {file}, shares.context, windows[i] * shares.context);
+        load_windows(config, tokenizer, {file}, shares.context, windows[i] * shares.context);
     part.tokens.resize(static_cast<std::size_t>(part.count() * part.context));
+    all.before = part.before;
+    all.after = part.after;
     all.tokens.insert(all.tokens.end(), part.tokens.begin(), part.tokens.end());
     if (part.count() < windows[i])
       notices.push_back(fmt::format("{} has {} windows of {} tokens, fewer than its share of {}",

@@ -19,8 +19,8 @@ struct FileShares {
 void check_file_shares(const FileShares& shares);
 /// @param notices  receives which file has less than its part
 /// @throws InvalidArgument  a file's part is less than a window
-TokenWindows text_of_files(const Tokenizer& tokenizer, const FileShares& shares,
-                           std::vector<std::string>& notices);
+TokenWindows text_of_files(const ModelConfig& config, const Tokenizer& tokenizer,
+                           const FileShares& shares, std::vector<std::string>& notices);
 
 /// How reports name what add_self_text() adds.
 inline constexpr const char* kSelfTextName = "the model's own text";

@@ -100,15 +100,16 @@ void print_result(const CommonOptions& common, const Json& result, const std::st
   if (!std::cout) throw Error("stdout: the result could not be written (disk full or pipe closed)");
 }
 
-TokenWindows load_windows(const Tokenizer& tokenizer, const std::vector<std::string>& files,
-                          std::int64_t context, std::int64_t limit_tokens) {
+TokenWindows load_windows(const ModelConfig& config, const Tokenizer& tokenizer,
+                          const std::vector<std::string>& files, std::int64_t context,
+                          std::int64_t limit_tokens) {
   std::string text, names;
   for (const std::string& file : files) {
     if (!text.empty()) text += "\n\n";
     text += read_text(file);
     names += (names.empty() ? "" : ", ") + file;
   }
-  return make_windows(tokenizer.encode(text), context, limit_tokens, names);
+  return model_windows(config, tokenizer, text, context, limit_tokens, names);
 }
 
 void add_text_weights_option(CLI::App& command, const std::string& name,

@@ -59,9 +59,10 @@ class Progress {
 /// Prints `result` on stdout with --json, else `text`.
 void print_result(const CommonOptions& common, const Json& result, const std::string& text);
 
-/// Reads and tokenizes text files (joined by a blank line) and cuts them into windows.
-TokenWindows load_windows(const Tokenizer& tokenizer, const std::vector<std::string>& files,
-                          std::int64_t context, std::int64_t limit_tokens);
+/// Text files (joined by a blank line) as windows of what a model reads.
+TokenWindows load_windows(const ModelConfig& config, const Tokenizer& tokenizer,
+                          const std::vector<std::string>& files, std::int64_t context,
+                          std::int64_t limit_tokens);
 
 /// Adds an option NAME W W ... (or W,W,...) of one positive weight for each text.
 void add_text_weights_option(CLI::App& command, const std::string& name,

@@ -80,9 +80,9 @@ TokenWindows text_given(const Checkpoint& source, const ConvertOptions& options,
                         std::vector<std::string>& notices) {
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(source);
   if (options.active_share == 0.0)
-    return load_windows(tokenizer, options.calibration, options.context,
+    return load_windows(source.config(), tokenizer, options.calibration, options.context,
                         options.calibration_tokens);
-  return text_of_files(tokenizer, file_shares(options), notices);
+  return text_of_files(source.config(), tokenizer, file_shares(options), notices);
 }
 
 /// A quarter as much as is read, in whole windows; without a text all of it

@@ -185,8 +185,9 @@ void set_average(const EvalOptions& options, const Tokenizer& tokenizer, Model& 
   if (options.average_active == 0.0) return;
   const bool chosen = options.loading.active > 0 || options.loading.active_share > 0.0;
   if (!chosen) model.set_active_experts(model.config().num_experts);
-  const TokenWindows text = load_windows(tokenizer, options.calibration, options.context,
-                                         std::max(kThresholdTokens, options.context));
+  const TokenWindows text =
+      load_windows(model.config(), tokenizer, options.calibration, options.context,
+                   std::max(kThresholdTokens, options.context));
   calibrate_thresholds(model, text, options.average_active);
 }
 
@@ -206,8 +207,8 @@ void run_eval(EvalOptions options, const CLI::App& command) {
   if (command.count("--context") == 0)
     options.context = default_context(options.context, checkpoint.config());
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(checkpoint);
-  const TokenWindows text =
-      load_windows(tokenizer, options.text, options.context, options.limit_tokens);
+  const TokenWindows text = load_windows(checkpoint.config(), tokenizer, options.text,
+                                         options.context, options.limit_tokens);
 
   Progress progress(options.common.quiet);
   progress.note(

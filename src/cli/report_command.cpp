@@ -13,11 +13,12 @@ std::string name_of(const std::filesystem::path& path) {
   return (normal.has_filename() ? normal : normal.parent_path()).filename().string();
 }
 
-std::vector<NamedText> load_texts(const ReportOptions& options, const Tokenizer& tokenizer) {
+std::vector<NamedText> load_texts(const ReportOptions& options, const ModelConfig& config,
+                                  const Tokenizer& tokenizer) {
   std::vector<NamedText> texts;
   for (const std::string& file : options.text)
-    texts.push_back(
-        {name_of(file), load_windows(tokenizer, {file}, options.context, options.limit_tokens)});
+    texts.push_back({name_of(file), load_windows(config, tokenizer, {file}, options.context,
+                                                 options.limit_tokens)});
   return texts;
 }
 
@@ -93,10 +94,10 @@ void check_calibration(const ReportOptions& options, BaselineSet set) {
 }
 
 /// The text that a conversion to a budget with the same options learns from.
-TokenWindows calibration_text(const ReportOptions& options, const Tokenizer& tokenizer,
-                              Progress& progress) {
+TokenWindows calibration_text(const ReportOptions& options, const ModelConfig& config,
+                              const Tokenizer& tokenizer, Progress& progress) {
   std::vector<std::string> notices;
-  TokenWindows text = text_of_files(tokenizer, file_shares(options), notices);
+  TokenWindows text = text_of_files(config, tokenizer, file_shares(options), notices);
   for (const std::string& notice : notices) progress.note("note: " + notice);
   add_self_text(Checkpoint::open(options.dense), options.common, options.self_calibration, progress,
                 text);
@@ -120,7 +121,8 @@ void run_report(ReportOptions options, const CLI::App& command) {
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(converted);
   Progress progress(options.common.quiet);
   std::optional<TokenWindows> calibration;
-  if (set != BaselineSet::kNone) calibration = calibration_text(options, tokenizer, progress);
+  if (set != BaselineSet::kNone)
+    calibration = calibration_text(options, converted.config(), tokenizer, progress);
   if (options.self_calibration > 0) options.calibration.push_back(kSelfTextName);
   const WrittenReport report = measure_and_write(options, converted, tokenizer,
                                                  calibration ? &*calibration : nullptr, progress);
@@ -140,7 +142,7 @@ WrittenReport measure_and_write(const ReportOptions& options, const Checkpoint& 
                                 Progress& progress) {
   const ReportSpec spec{.baselines = baseline_set(options.baselines), .seed = options.common.seed};
   const Checkpoint source = Checkpoint::open(options.dense);
-  const std::vector<NamedText> texts = load_texts(options, tokenizer);
+  const std::vector<NamedText> texts = load_texts(options, source.config(), tokenizer);
   Model model = Model::load(converted, {.threads = options.common.threads});
   Model dense = Model::load(source, {.threads = options.common.threads});
   ConversionReport report =

@@ -100,10 +100,11 @@ void run_train(const TrainOptions& options) {
   if (!options.teacher.empty()) teacher = Checkpoint::open(options.teacher);
   const Tokenizer tokenizer = Tokenizer::from_checkpoint(student);
   const std::int64_t context = context_length(options, recipe);
-  TokenWindows data = load_windows(tokenizer, options.data, context, options.limit_tokens);
+  TokenWindows data =
+      load_windows(student.config(), tokenizer, options.data, context, options.limit_tokens);
   TokenWindows held_out;
   if (!options.held_out.empty()) {
-    held_out = load_windows(tokenizer, options.held_out, context, 0);
+    held_out = load_windows(student.config(), tokenizer, options.held_out, context, 0);
   } else if (options.held_out_windows > 0) {
     train::HeldOutSplit split = train::hold_out(data, options.held_out_windows);
     data = std::move(split.train);
