@@ -159,8 +159,14 @@ class LoadCounter {
   std::vector<std::vector<std::int64_t>> counts_;  // [L][E]
 };
 
+/// What there is to measure.
 void check_heads(const ModelConfig& model, const ModelConfig* reference) {
-  if (reference == nullptr) return;
+  if (reference == nullptr) {
+    if (model.has_head) return;
+    fail_argument(
+        "evaluate: the model has no head, so no perplexity; give the dense model it was made of as "
+        "reference");
+  }
   if (model.has_head != reference->has_head)
     fail_argument(
         "evaluate: {} ends in logits, {} in hidden states; compare a model with the dense one it "
@@ -184,7 +190,6 @@ void check(const Model& model, const TokenWindows& text, const Model* reference)
         "evaluate: the model has {} tokens in its vocabulary, the reference {}; compare "
         "models that share a tokenizer",
         V, reference->config().vocab_size);
-  check_heads(model.config(), reference != nullptr ? &reference->config() : nullptr);
   for (const std::int32_t id : text.tokens)
     if (id < 0 || id >= V)
       fail_argument(
@@ -252,6 +257,7 @@ EvalResult evaluate(Model& model, const TokenWindows& text, Model* reference,
 EvalResult evaluate(Model& model, const TokenWindows& text, const EvalSpec& spec) {
   Model* const reference = spec.reference;
   check(model, text, reference);
+  check_heads(model.config(), reference != nullptr ? &reference->config() : nullptr);
   check_states("model", model, text, spec.states);
   if (reference != nullptr) check_states("reference", *reference, text, spec.reference_states);
   Runner runner(model, text.context, spec.states);
@@ -262,10 +268,6 @@ EvalResult evaluate(Model& model, const TokenWindows& text, const EvalSpec& spec
   EvalResult result;
   result.has_head = model.config().has_head;
   result.has_reference = reference != nullptr;
-  if (!result.has_head && !result.has_reference)
-    fail_argument(
-        "evaluate: the model has no head, so no perplexity; give the dense model it was made of as "
-        "reference");
   Sums sums;
   const std::int64_t context = text.context, predicted = context - 1;
   for (std::int64_t w = 0; w < text.count(); ++w) {
