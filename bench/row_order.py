@@ -117,7 +117,8 @@ def main():
     parser.add_argument("first")
     parser.add_argument("second")
     options = parser.parse_args()
-    (first, fixed), (second, _) = (read(options.file, words) for words in (options.first, options.second))
+    (first, fixed), (second, others) = (read(options.file, words) for words in (options.first, options.second))
+    fixed |= others
     print("| rho | rows | |", *(f"{a} |" for a in ("wikitext", "stories", "War and Peace")))
     print("|---|---|---|---|---|---|")
     notes = []
