@@ -241,7 +241,8 @@ void Model::attend(std::int64_t layer, KvCache& cache, MatrixView<float> x,
   const bool in_place = c.norm_place == NormPlace::kAfter;
   room.x = x;
   if (in_place) room.normed = x;
-  for (std::int64_t t = 0; t < T; ++t) impl_->rope.angles(t, room.cosine.row(t), room.sine.row(t));
+  for (std::int64_t t = 0; c.rotary && t < T; ++t)
+    impl_->rope.angles(t, room.cosine.row(t), room.sine.row(t));
   impl_->norm(x, w.input_norm, room.normed);
   const Impl::Sequence window{T, 0, kv_layout(c, cache.capacity_), cache.layer(layer)};
   impl_->attend(w, room, {&window, 1});
@@ -272,7 +273,7 @@ void Model::forward(std::span<const std::int32_t> tokens, KvCache& cache, Matrix
   const ForwardRoom room(c, T, impl_->forward_memory);
   embed(tokens, room.x);
   if (T == 0) return;
-  for (std::int64_t t = 0; t < T; ++t)
+  for (std::int64_t t = 0; c.rotary && t < T; ++t)
     impl_->rope.angles(position + t, room.cosine.row(t), room.sine.row(t));
   impl_->run_layers(room, hooks, hidden, [&](std::int64_t l, const LayerWeights& w) {
     const Impl::Sequence sequence{T, position, layout, cache.layer(l)};
