@@ -205,25 +205,32 @@ void Model::Impl::check_window(const char* function, std::int64_t past, std::int
 }
 
 void Model::embed(std::span<const std::int32_t> tokens, MatrixView<float> x) const {
+  const auto T = static_cast<std::int64_t>(tokens.size());
+  impl_->check_window("Model::embed", 0, T);
+  embedding_rows(tokens, x);
+  const std::vector<float>& positions = impl_->weights.positions;
+  if (positions.empty()) return;
+  parallel()(T, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t t = begin; t < end; ++t)
+      isa_kernels().add(positions.data() + t * x.cols, x.row(t), x.cols);
+  });
+}
+
+void Model::embedding_rows(std::span<const std::int32_t> tokens, MatrixView<float> x) const {
   const ModelConfig& c = impl_->config;
   const auto T = static_cast<std::int64_t>(tokens.size());
   if (x.rows != T || x.cols != c.hidden_size)
-    fail_argument("Model::embed: x is [{}, {}]; expected [T, D] = [{}, {}]", x.rows, x.cols, T,
-                  c.hidden_size);
-  impl_->check_window("Model::embed", 0, T);
+    fail_argument("Model::embedding_rows: x is [{}, {}]; expected [T, D] = [{}, {}]", x.rows,
+                  x.cols, T, c.hidden_size);
   for (std::int64_t t = 0; t < T; ++t)
     if (tokens[t] < 0 || tokens[t] >= c.vocab_size)
       fail_argument(
           "Model: token {} has id {}; expected 0 to {}; was the text encoded with another "
           "tokenizer?",
           t, tokens[t], c.vocab_size - 1);
-  const std::vector<float>& positions = impl_->weights.positions;
   parallel()(T, kRowGrain, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t t = begin; t < end; ++t) {
+    for (std::int64_t t = begin; t < end; ++t)
       impl_->weights.embedding.unpack_row(tokens[t], x.row(t));
-      if (!positions.empty())
-        isa_kernels().add(positions.data() + t * c.hidden_size, x.row(t), c.hidden_size);
-    }
   });
 }
 

@@ -24,7 +24,7 @@ std::vector<float> embedding_squares(Model& model) {
     ids.resize(static_cast<std::size_t>(n));
     for (std::int64_t i = 0; i < n; ++i) ids[i] = static_cast<std::int32_t>(first + i);
     const MatrixView<float> rows(block.data(), n, D);
-    model.embed(ids, rows);
+    model.embedding_rows(ids, rows);
     for (std::int64_t i = 0; i < n; ++i)
       for (std::int64_t d = 0; d < D; ++d) squares[first + i] += rows(i, d) * rows(i, d);
   }

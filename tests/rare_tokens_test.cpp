@@ -14,6 +14,7 @@
 #include "cleave/convert.h"
 #include "cleave/error.h"
 #include "support/budget.h"
+#include "support/tiny_encoder.h"
 
 namespace cleave {
 namespace {
@@ -142,6 +143,31 @@ TEST_F(RareTokens, RefusesAShareThatIsNone) {
     spec.rare_tokens = share;
     EXPECT_THROW(convert_to_budget(source_, spec, calibration_), InvalidArgument) << share;
   }
+}
+
+// The size of an embedding says whether a token was trained; that of its sum with a position's row
+// says nothing. The vocabulary (64) is larger than the number of positions (40).
+TEST(RareTokensOfAnEncoder, GoByTheEmbeddingAlone) {
+  const Checkpoint source = Checkpoint::open(testing::tiny_encoder_dir());
+  Model model = Model::load(source);
+  const std::int64_t V = model.config().vocab_size, D = model.config().hidden_size;
+  ASSERT_GT(V, model.config().max_position_embeddings);
+  TokenWindows text;
+  text.context = 20;
+  text.before = text.after = 1;
+  for (std::int32_t i = 0; i < 100 * 20; ++i) text.tokens.push_back(10 + i % 7);
+  const std::vector<float> rows = source.read("embeddings.word_embeddings.weight");
+  std::vector<double> square(static_cast<std::size_t>(V), 0.0);
+  for (std::size_t i = 0; i < rows.size(); ++i) square[i / D] += double{rows[i]} * rows[i];
+  const auto [least, most] = std::minmax_element(square.begin() + 10, square.begin() + 17);
+  std::set<std::int32_t> expected, actual;
+  for (std::int32_t t = 0; t < V; ++t)
+    if ((t < 10 || t > 16) && square[t] > *least && square[t] < *most) expected.insert(t);
+  ASSERT_GT(expected.size(), 5u);
+  ASSERT_LT(expected.size(), 52u);
+  for (const auto& [token, times] : replaced(rare_token_windows(model, text, 100, 1), text))
+    actual.insert(token);
+  EXPECT_EQ(actual, expected);
 }
 
 }  // namespace

@@ -130,6 +130,9 @@ class Model {
   /// x [T, D], written: the embedding rows, and learned positions from 0 on.
   /// @throws InvalidArgument  an id out of range, or more tokens than learned positions
   void embed(std::span<const std::int32_t> tokens, MatrixView<float> x) const;
+  /// x [T, D], written: the embedding rows alone, of any number of tokens.
+  /// @throws InvalidArgument  an id out of range
+  void embedding_rows(std::span<const std::int32_t> tokens, MatrixView<float> x) const;
   /// One window through one layer's attention: x += attention(norm(x)), and `normed` receives the
   /// norm of that, which is what the layer's FFN reads. The window starts at position 0. With
   /// NormPlace::kAfter each norm takes the place of what it norms, so x and `normed` end equal: the
