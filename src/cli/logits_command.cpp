@@ -37,9 +37,10 @@ void print_hidden(const LogitsOptions& options, Model& model) {
     text += fmt::format("{:6}  token {:8}  hidden {:.6f} ... {:.6f}\n", t, options.tokens[t],
                         row[0], row[D - 1]);
   }
-  print_result(options.common,
-               {{"hidden_size", D}, {"tokens", options.tokens}, {"hidden", rows_of(hidden, D)}},
-               text);
+  Json json;
+  if (options.common.json)
+    json = {{"hidden_size", D}, {"tokens", options.tokens}, {"hidden", rows_of(hidden, D)}};
+  print_result(options.common, json, text);
 }
 
 void run_logits(const LogitsOptions& options) {
@@ -58,9 +59,10 @@ void run_logits(const LogitsOptions& options) {
     text += fmt::format("{:6}  token {:8}  most likely next {:8}  logit {:.6f}\n", t,
                         options.tokens[t], best, row[best]);
   }
-  print_result(options.common,
-               {{"vocab_size", V}, {"tokens", options.tokens}, {"logits", rows_of(logits, V)}},
-               text);
+  Json json;
+  if (options.common.json)
+    json = {{"vocab_size", V}, {"tokens", options.tokens}, {"logits", rows_of(logits, V)}};
+  print_result(options.common, json, text);
 }
 
 }  // namespace
