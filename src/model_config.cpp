@@ -230,6 +230,13 @@ void read_bert(const JsonReader& json, ModelConfig& config) {
   for (const char* key : {"is_decoder", "add_cross_attention"})
     if (json.boolean(key).value_or(false))
       json.fail_type(key, "false (of BERTs only encoders are supported)");
+  // BertModel does not read these, so other values would mean another model there.
+  if (config.num_kv_heads != config.num_heads)
+    fail_file("{}: num_key_value_heads is {}; a BERT has as many as num_attention_heads, {}",
+              json.origin(), config.num_kv_heads, config.num_heads);
+  if (json.has("head_dim") && config.head_dim * config.num_heads != config.hidden_size)
+    fail_file("{}: head_dim is {}; a BERT has hidden_size / num_attention_heads = {} / {}",
+              json.origin(), config.head_dim, config.hidden_size, config.num_heads);
   config.rms_norm_eps = json.number("layer_norm_eps").value_or(config.rms_norm_eps);
   config.type_vocab_size = json.integer("type_vocab_size").value_or(2);
   config.attention_bias = config.mlp_bias = true;
@@ -268,7 +275,7 @@ ModelConfig parse_model_config(const std::string& json_text, const std::string& 
   read_shapes(json, family, config);
   config.rms_norm_eps = json.number("rms_norm_eps").value_or(family.rms_norm_eps);
   config.activation = read_activation(json, config.family);
-  config.rope = read_rope(json, family.rope_theta);
+  if (!is_bert(config.family)) config.rope = read_rope(json, family.rope_theta);
   config.tie_word_embeddings = json.boolean("tie_word_embeddings").value_or(false);
   config.attention_bias = json.boolean("attention_bias").value_or(false);
   config.mlp_bias = json.boolean("mlp_bias").value_or(false);

@@ -252,6 +252,8 @@ TEST(ModelConfig, RefusesBertsThatAreNoPlainEncoders) {
   expect("type_vocab_size", -1, "type_vocab_size");
   expect("hidden_act", "mish", "hidden_act");
   expect("num_attention_heads", 7, "hidden_size 60 is not a multiple");
+  expect("num_key_value_heads", 2, "num_key_value_heads is 2; a BERT has as many");
+  expect("head_dim", 30, "head_dim is 30; a BERT has hidden_size / num_attention_heads = 60 / 4");
 }
 
 TEST(ModelConfig, ReadsABertWithExperts) {
