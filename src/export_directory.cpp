@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <map>
+#include <system_error>
 
 #include <nlohmann/json.hpp>
 
@@ -90,7 +91,9 @@ void write_texts(const fs::path& directory, const std::string& name, const Check
                  const ModelConfig& target, const Provenance& provenance) {
   const auto write = [&](const std::string& file, const std::string& text) {
     const fs::path path = directory / file;
-    fs::create_directories(path.parent_path());  // sentence-transformers keeps some in folders
+    std::error_code error;  // sentence-transformers keeps some in folders
+    fs::create_directories(path.parent_path(), error);
+    if (error) fail_file("{}: {}", path.parent_path().string(), error.message());
     write_file_atomically(path, text);
   };
   write("config.json", target_config_json(target));
