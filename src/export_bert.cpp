@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <iterator>
 #include <utility>
 
 #include "cleave/export.h"
@@ -72,9 +73,16 @@ void add_layer(const MoeLayer& layer, std::int64_t index, std::vector<NamedTenso
 
 /// What a stock BertModel holds and neither pass of ours computes: it would be missed.
 void add_pooler(const Checkpoint& source, std::vector<NamedTensor>& out) {
-  for (const char* name : kPooler)
-    if (source.contains(name))
-      out.push_back({name, source.info(name).shape, [&source, name] { return source.read(name); }});
+  const std::int64_t D = source.config().hidden_size;
+  const std::vector<std::int64_t> shapes[] = {{D, D}, {D}};
+  for (std::size_t i = 0; i < std::size(kPooler); ++i) {
+    const char* name = kPooler[i];
+    if (!source.contains(name)) continue;
+    if (source.info(name).shape != shapes[i])
+      fail_file("{}: tensor '{}' has shape {}; expected {}", source.path().string(), name,
+                shape_text(source.info(name).shape), shape_text(shapes[i]));
+    out.push_back({name, shapes[i], [&source, name] { return source.read(name); }});
+  }
 }
 
 void check_ffn(const DenseFfn& ffn, const DenseFfn& first, const ModelConfig& source,

@@ -149,6 +149,34 @@ TEST_F(EncoderExport, AWrittenModelRoutesAsItsLayersDo) {
   }
 }
 
+TEST_F(EncoderExport, OtherNumbersOfExpertsKeepHardGatesAndTheOutputBias) {
+  Conversion conversion = split({{.gate = GateMode::kHard, .seed = 3}});  // 2 of 4 experts
+  Model written = load(write(conversion));
+  EXPECT_EQ(written.moe_layer(1).gate, GateMode::kSoftmax);
+  written.set_active_experts(3);
+  Model model = load(dir_.path() / "dense");
+  for (std::int64_t l = 0; l < kEncoderLayers; ++l) {
+    SCOPED_TRACE(l);
+    MoeLayer& was = conversion.layers[l];
+    const MoeLayer is = written.moe_layer(l);
+    EXPECT_EQ(is.gate, GateMode::kHard);
+    EXPECT_EQ(is.experts_per_token, 3);
+    EXPECT_EQ(is.experts.up, was.experts.up);
+    EXPECT_EQ(is.experts.up_bias, was.experts.up_bias);
+    EXPECT_EQ(is.experts.down_bias, model.dense_ffn(l).down_bias);  // no factor of 2 in this
+    for (std::size_t i = 0; i < was.experts.down_t.size(); ++i)
+      ASSERT_EQ(is.scale * is.experts.down_t[i], was.experts.down_t[i]);
+    EXPECT_EQ(is.shared.up_bias, was.shared.up_bias);
+    EXPECT_EQ(is.shared.down_t, was.shared.down_t);
+    was.experts_per_token = 3;
+    model.set_moe(l, was);
+  }
+  for (const EncoderWindow& window : windows_)
+    expect_near(hidden_of(written, window.ids), hidden_of(model, window.ids), window.ids.size());
+  written.set_active_experts(4);  // a weight of 1 each: the dense FFN
+  expect_dense(written);
+}
+
 TEST_F(EncoderExport, WriteThenReadIsBitwiseEqual) {
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kF16}) {
     SCOPED_TRACE(dtype_name(dtype));
@@ -336,6 +364,18 @@ TEST_F(EncoderExport, ReadsTheEncoderOfAModelWithAHead) {
   stored.push_back({"embeddings.LayerNorm.bias", {24}, [] { return std::vector<float>(24); }});
   write_safetensors(file, stored, DType::kF32);
   expect_error([&] { dense(); }, "'embeddings.LayerNorm.bias' with and without");
+}
+
+TEST_F(EncoderExport, RefusesAPoolerOfAnotherShape) {
+  const Checkpoint golden = Checkpoint::open(tiny_encoder_dir());
+  std::vector<NamedTensor> stored;
+  for (const TensorInfo& info : golden.tensors())
+    stored.push_back({info.name, info.shape, [&golden, &info] { return golden.read(info.name); }});
+  stored.push_back({"pooler.dense.weight", {24, 23}, [] { return std::vector<float>(24 * 23); }});
+  write_safetensors(dir_.path() / "dense" / "model.safetensors", stored, DType::kF32);
+  expect_error([&] { write(split({{}})); },
+               "'pooler.dense.weight' has shape [24, 23]; expected [24, 24]");
+  EXPECT_FALSE(fs::exists(dir_.path() / "moe"));
 }
 
 TEST_F(EncoderExport, RefusesDamagedFiles) {
