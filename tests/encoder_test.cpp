@@ -2,11 +2,14 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <functional>
+#include <nlohmann/json.hpp>
 
 #include "cleave/error.h"
 #include "cleave/model.h"
 #include "support/tiny_encoder.h"
+#include "support/tiny_model.h"
 
 namespace cleave {
 namespace {
@@ -42,6 +45,29 @@ TEST_F(Encoder, FinalHiddenStatesEqualTransformers) {
         ASSERT_NEAR(hidden[i], window.hidden[i], bound)
             << threads << " threads, T = " << window.ids.size() << ", cell " << i;
     }
+  }
+}
+
+// What the two tests around this one would miss if their bound were wide.
+TEST_F(Encoder, AnotherGeluOrEpsilonIsOutsideTheBound) {
+  const EncoderWindow& window = windows_[3];
+  const double bound = hidden_tolerance(model_.config(), window.ids.size());
+  const std::pair<const char*, nlohmann::json> changes[] = {{"hidden_act", "gelu_new"},
+                                                            {"layer_norm_eps", 1e-12}};
+  for (const auto& [key, value] : changes) {
+    const TempDir dir;
+    std::filesystem::copy_file(tiny_encoder_dir() / "model.safetensors",
+                               dir.path() / "model.safetensors");
+    nlohmann::json config;
+    std::ifstream(tiny_encoder_dir() / "config.json") >> config;
+    config[key] = value;
+    write_text(dir.path() / "config.json", config.dump());
+    Model model = Model::load(Checkpoint::open(dir.path()));
+    const std::vector<float> hidden = hidden_of(model, window.ids);
+    double apart = 0.0;
+    for (std::size_t i = 0; i < hidden.size(); ++i)
+      apart = std::max(apart, std::abs(double{hidden[i]} - window.hidden[i]));
+    EXPECT_GT(apart, 4.0 * bound) << key;
   }
 }
 
