@@ -146,29 +146,39 @@ TEST_P(IsaTest, RowOperationsMatchDoubleArithmetic) {
       ASSERT_NEAR(y[i], row[i] / std::sqrt(squares / static_cast<double>(n) + 1e-5) * other[i],
                   static_cast<double>(n + 4) * kEpsilon * 20);
 
-    const std::vector<float> draw = row, bias = draw_values(rng, n);
-    double mean = 0.0, variance = 0.0;
-    for (float& v : row) v += 300.0f;  // far from 0, so that a mean square would cancel
-    for (const float v : row) mean += v / static_cast<double>(n);
-    for (const float v : row) variance += (v - mean) * (v - mean) / static_cast<double>(n);
-    const double deviation = std::sqrt(variance + 1e-5);
-    const std::vector<float> plain = row;
-    isa_->layer_norm(row.data(), other.data(), bias.data(), 1e-5f, y.data(), n);
-    isa_->layer_norm(row.data(), other.data(), bias.data(), 1e-5f, row.data(), n);  // in place
-    for (std::int64_t i = 0; i < n; ++i) {
-      const double expected = (plain[i] - mean) / deviation * other[i] + bias[i];
-      // The mean of numbers about 320 is off by their sum's rounding; it moves what is divided by
-      // the deviation, and the deviation itself by at most as much.
-      const double moved = 320.0 * static_cast<double>(n + 4) * kEpsilon / deviation;
-      ASSERT_NEAR(y[i], expected, 2.0 * moved * (1.0 + std::abs(expected)) + 8 * kEpsilon);
-      ASSERT_EQ(row[i], y[i]);
-    }
-
-    row = draw;
     std::vector<float> p = row;
     isa_->softmax(p.data(), n);
     for (std::int64_t i = 0; i < n; ++i)  // exp of up to 40: its argument is off by 40 eps
       ASSERT_NEAR(p[i], std::exp(row[i] - largest) / sum, static_cast<double>(n + 50) * kEpsilon);
+  }
+}
+
+TEST_P(IsaTest, LayerNormMatchesDoubleArithmetic) {
+  for (unsigned seed = 0; seed < 80; ++seed) {
+    std::mt19937 rng(seed);
+    const std::int64_t n = pick(rng, 1, 200);
+    // Far from 0, so that a mean square would cancel; or so small that epsilon is most of the root.
+    const bool far = seed % 2 == 0;
+    SCOPED_TRACE(fmt::format("seed={} n={} far={}", seed, n, far));
+    const std::vector<float> weight = draw_values(rng, n), bias = draw_values(rng, n);
+    std::vector<float> row = draw_values(rng, n), y(n);
+    for (float& v : row) v = far ? 20.0f * v + 300.0f : 1e-3f * v;
+    double mean = 0.0, variance = 0.0, largest = 0.0;
+    for (const float v : row) mean += v / static_cast<double>(n);
+    for (const float v : row) variance += (v - mean) * (v - mean) / static_cast<double>(n);
+    for (const float v : row) largest = std::max<double>(largest, std::abs(v));
+    const double deviation = std::sqrt(variance + 1e-5);
+    const std::vector<float> plain = row;
+    isa_->layer_norm(row.data(), weight.data(), bias.data(), 1e-5f, y.data(), n);
+    isa_->layer_norm(row.data(), weight.data(), bias.data(), 1e-5f, row.data(), n);  // in place
+    for (std::int64_t i = 0; i < n; ++i) {
+      const double expected = (plain[i] - mean) / deviation * weight[i] + bias[i];
+      // The mean is off by the rounding of the numbers' sum; it moves what is divided by the
+      // deviation, and the deviation itself by at most as much.
+      const double moved = largest * static_cast<double>(n + 4) * kEpsilon / deviation;
+      ASSERT_NEAR(y[i], expected, 2.0 * moved * (1.0 + std::abs(expected)) + 8 * kEpsilon);
+      ASSERT_EQ(row[i], y[i]);
+    }
   }
 }
 
