@@ -57,8 +57,9 @@ double folded_scale(const MoeLayer& layer);
 /// nothing is rounded), else F32.
 DType default_write_dtype(const ModelConfig& source, double folded_scale);
 
-/// The same for layers: also F32 where a weight of an expert is no value of the source's type (as
-/// after a refit), or a layer's folded scale is no power of two. Router weights may be rounded.
+/// The same for layers: also F32 where a weight or bias of an expert is no value of the source's
+/// type (as after a refit), or a layer's folded scale is no power of two. Router weights may be
+/// rounded.
 DType default_write_dtype(const ModelConfig& source, std::span<const MoeLayer> layers);
 
 /// Hard gates in stock classes: the router is scaled by this, which keeps the order of the logits
@@ -161,6 +162,7 @@ struct BertMoeNames {
   static std::string shared_output(std::int64_t layer);      ///< down [D, S I]
 };
 
+/// What write_bert_moe writes: uniform over layers but for the shared slices.
 struct BertMoeShape {
   std::int64_t num_experts = 0;                  ///< E
   std::int64_t experts_per_token = 0;            ///< K
@@ -179,6 +181,8 @@ void write_bert_moe(const std::filesystem::path& out, const Checkpoint& source,
 /// As mixtral_tensors, for write_bert_moe: experts of two matrices and a bias per neuron (zeros
 /// where there is none); the down_bias of the experts is written as it is. Each shared slice has
 /// its own width.
+/// @throws InvalidArgument  layers disagree or have a gate, or the source is no BERT
+/// @throws FileError        the source's pooler is not [D, D] and [D]
 std::vector<NamedTensor> bert_moe_tensors(const Checkpoint& source,
                                           std::span<const MoeLayer> layers);
 
@@ -187,6 +191,9 @@ std::vector<std::int64_t> shared_widths(std::span<const MoeLayer> layers);
 
 /// As write_llama_dense, for a BERT encoder: a stock BertModel with narrower FFNs.
 /// @param ffns  [L], none gated, of one width H' and one activation; a missing bias is zero
+/// @throws InvalidArgument  the FFNs disagree or have a gate, or the source is no BERT; else as
+///                          write_mixtral
+/// @throws FileError        as write_mixtral; or the source's pooler is not [D, D] and [D]
 void write_bert_dense(const std::filesystem::path& out, const Checkpoint& source,
                       std::span<const DenseFfn> ffns, const Provenance& provenance,
                       const WriteSpec& spec);

@@ -81,7 +81,7 @@ struct ForwardHooks {
 /// A transformer, without LibTorch: grouped-query attention with a KV cache, a dense or an MoE FFN
 /// per layer; norms, positions and what a token sees are as ModelConfig says. It serves convert,
 /// eval and generate; gradients live in cleave::train, and a test holds the two forward passes
-/// equal.
+/// of decoders equal.
 ///
 /// An encoder (ModelConfig::causal is false) takes a window as a whole: forward() on a cache that
 /// was cleared, or the steps below. Its token types are all 0.

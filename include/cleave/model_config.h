@@ -20,7 +20,9 @@ const char* family_name(Family family);
 /// Whether tensors have the names that BERT gives them.
 bool is_bert(Family family);
 
-/// Whether the checkpoints of a family hold all experts of a layer in one tensor (Granite's do).
+/// Whether the checkpoints of a family hold all experts of a layer in one tensor under Granite's
+/// names, gate rows before up rows. (cleave_bert_moe fuses them as well, under names of its own and
+/// without a gate: is_bert().)
 bool has_fused_experts(Family family);
 
 /// Rotary position embedding, half-split (NEOX) row order as in HuggingFace checkpoints.
@@ -61,8 +63,9 @@ struct ModelConfig {
   std::int64_t num_experts = 0;               ///< E; 0: dense
   std::int64_t experts_per_token = 0;         ///< K
   std::int64_t shared_intermediate_size = 0;  ///< S * I, neurons of an MoE that always run; 0: none
-  /// [L], where layers have fewer of them than that and hold rows of zeros for the rest (found in
-  /// the weights by Checkpoint::open, not in config.json); empty: all have as many.
+  /// [L], where layers have fewer of them than that; empty: all have as many. GraniteMoeShared
+  /// holds rows of zeros for the rest (found in the weights by Checkpoint::open); cleave_bert_moe
+  /// says the widths in config.json and pads nothing.
   std::vector<std::int64_t> shared_widths;
   std::optional<std::int32_t> bos_token_id;
   std::vector<std::int32_t> eos_token_ids;
@@ -95,7 +98,8 @@ ModelConfig parse_model_config(const std::string& json_text, const std::string& 
 
 /// Parameters and multiply-adds, counted from shapes alone. Rows that only pad shared slices
 /// (ModelConfig::shared_widths) are not counted: cleave drops them when it loads a model. What a
-/// stock loader computes is the cost of the configuration without shared_widths.
+/// stock loader of GraniteMoeShared computes is the cost of the configuration without
+/// shared_widths; an encoder has no such rows.
 struct ModelCost {
   std::int64_t parameters = 0;         ///< all weights; a tied head counted once
   std::int64_t ffn_parameters = 0;     ///< experts and routers included

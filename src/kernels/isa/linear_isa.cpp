@@ -69,8 +69,8 @@ void product_nn(ConstMatrix x, ConstMatrix w, MutableMatrix y, Store store) {
     map(y).noalias() += map(x) * map(w);
 }
 
-// Eigen evaluates exp and tanh in packets; erf it has only as a scalar, and no model that we read
-// needs the exact GELU in a hot path.
+// Eigen evaluates exp and tanh in packets; erf it has only as a scalar. Models with the exact GELU
+// (BERT) run on packed weights, whose kernels have one of their own (panel_activation.h).
 void activate_in_place(Activation activation, MutableArray h) {
   switch (activation) {
     case Activation::kSilu:

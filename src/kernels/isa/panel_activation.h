@@ -20,7 +20,9 @@ CLEAVE_INLINE Floats clamp(const Floats& x, float low, float high) {
 CLEAVE_INLINE Floats exp(const Floats& x) { return exp_in_range(clamp(x, -87.3f, 88.3f)); }
 
 /// The share of a normal distribution beyond |x|: exp(-x^2 / 2) times a polynomial in
-/// 1 / (1 + 0.28 |x|), fitted for the least largest error, 1e-8. Beyond 12 it is what it is there.
+/// 1 / (1 + 0.28 |x|), fitted for the least largest error: 1.4e-8, and 2e-7 in float32 steps. Of
+/// the tail itself that is 1e-5 at 4, 5e-4 at 8 and 2e-3 at 12, beyond which it is what it is
+/// there.
 CLEAVE_INLINE Floats upper_tail(const Floats& x) {
   const Floats size = select(x < Floats{}, -x, x), most = splat(12.0f);
   const Floats a = select(size > most, most, size);
