@@ -10,6 +10,6 @@ if "$core" --gtest_filter=Dispatch.TheSetInUseHasAName 2>&1 | grep -q "is not an
   exit 77
 fi
 status=0
-"$core" --gtest_filter='Dispatch.*:Route.*:GroupTokens.*:Linear*.*:MoeFfn*.*:MoeLayer*.*:DenseFfn*.*:Packed*.*:Attention*.*:Encoder.*' || status=1
+"$core" --gtest_filter='Dispatch.*:Route.*:GroupTokens.*:Linear*.*:MoeFfn*.*:MoeLayer*.*:DenseFfn*.*:Packed*.*:Attention*.*:Encoder.*:EncoderExport.*' || status=1
 "$c_api" || status=1
 exit $status
