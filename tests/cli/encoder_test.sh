@@ -41,6 +41,7 @@ says err.txt '--self-calibration: bert is an encoder'
 
 expect 0 $convert --active-share 0.5 --allocation kl
 says out.txt 'allocation kl: cosine distance [0-9.]* on [0-9]* calibration windows held apart'
+expect 0 $convert --active-share 0.5 --rare-tokens 0.5 # a vocabulary larger than the number of positions
 expect 0 $convert --active-share 0.5 --partition expertweaver --router representative --refit off
 expect 0 $convert --active-share 0.5 --shared 5 # nothing is routed: a BERT with narrower FFNs
 expect 0 $cleave eval out --against bert --text other.txt --context 20 --json --quiet
@@ -85,4 +86,22 @@ done
 expect 0 $cleave inspect out --json
 says out.txt '"has_head": false'
 says out.txt '"causal": false'
+says out.txt '"rope": null'
+expect 0 $cleave inspect bert --json
+says out.txt '"family": "bert"'
+says out.txt '"cleave_bert_moe"' # of export_targets
+grep -q '"mixtral"\|"granitemoeshared"' out.txt && fail "a decoder's target is offered to an encoder"
+expect 0 $cleave inspect out
+says out.txt '^out: cleave_bert_moe (safetensors, F32)'
+says out.txt 'can be written as: cleave_bert_moe (opens in cleave;'
+says out.txt '^  speed-up at most'
+
+expect 0 $cleave logits out --tokens 2,5,3
+says out.txt '^     1  token        5  hidden -\?[0-9.]* \.\.\. -\?[0-9.]*$'
+expect 0 $cleave logits bert --tokens 2,5,3 --json
+says out.txt '"hidden_size": 24'
+says out.txt '"hidden": \['
+grep -q '"logits"\|"vocab_size"' out.txt && fail "an encoder has logits"
+expect 2 $cleave logits bert --tokens 2,64,3
+says err.txt 'token 1 has id 64; expected 0 to 63'
 exit $status
