@@ -95,7 +95,8 @@ void down_product(MatrixView<const float> h, const std::vector<float>& down_t,
 
 /// Weight [T] of each token, of mean 1: by the error relative to the residual stream after the
 /// layer, by which the next norm divides.
-/// @param stream  [T, D] before the layer    y [T, D] the layer's output
+/// @param stream  [T, D] before the layer    y [T, D] the layer's output; conversions leave its
+///                output bias out, the same for every token
 /// @throws FileError  a value is not finite (names the token)
 std::vector<float> token_weights(MatrixView<const float> stream, MatrixView<const float> y,
                                  std::int64_t context, double first_token_weight,
