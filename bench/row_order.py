@@ -36,8 +36,10 @@ def name_of(text):
 
 
 def figure(cell):
-    found = re.search(r"\d+(\.\d+)?(e\d+)?", cell)
-    return float(found.group()) if found else math.nan
+    found = re.search(r"\d+(\.\d+)?(e[-+]?\d+)?", cell)
+    if not found:
+        raise SystemExit(f"a cell of a table has '{cell}'; expected a figure")
+    return float(found.group())
 
 
 def tables(lines):
@@ -119,12 +121,16 @@ def main():
     options = parser.parse_args()
     (first, fixed), (second, others) = (read(options.file, words) for words in (options.first, options.second))
     fixed |= others
-    print("| rho | rows | |", *(f"{a} |" for a in ("wikitext", "stories", "War and Peace")))
-    print("|---|---|---|---|---|---|")
+    rhos = [rho for rho in RHOS if rho in first and rho in second]
+    every_table = [found[rho] for rho in rhos for found in (first, second)]
+    texts = [text for text in (every_table[0] if every_table else ()) if all(text in table for table in every_table)]
+    if not texts:
+        raise SystemExit("the two models have no table of one rho with a text that both name")
+    print("| rho | rows | |", *(f"{text} |" for text in texts))
+    print("|" + "---|" * (3 + len(texts)))
     notes = []
-    for rho in (rho for rho in RHOS if rho in first and rho in second):
+    for rho in rhos:
         a, b = first[rho], second[rho]
-        texts = [text for text in a if text in b]
         every = [name for name in a[texts[0]] if name in b[texts[0]]]
         deployable = [name for name in every if name not in fixed]
         for what, names in (("all", every), ("deployable", deployable)):
