@@ -23,6 +23,12 @@ seeds=("${@:-0}")
 cleave=${CLEAVE:-build/bin/cleave}
 model=${MODEL:-models/SmolLM2-135M-Instruct.Q4_1.gguf}
 context=${CONTEXT:-1024} calibration_tokens=${CALIBRATION_TOKENS:-32768} eval_tokens=${EVAL_TOKENS:-6144}
+read -r hidden writes_text < <("$cleave" inspect "$model" --json |
+  python3 -c 'import json, sys; m = json.load(sys.stdin); print(m["intermediate_size"], m["causal"] and m["has_head"])')
+if [ "${TUNE_STEPS:-0}" -gt 0 ] && [ "$writes_text" != True ]; then
+  echo "quality.sh: TUNE_STEPS is $TUNE_STEPS, and $model is an encoder, which cleave train cannot tune; leave it out" >&2
+  exit 2
+fi
 mkdir -p "$out"
 
 # By lines, so that no character is cut. Wikitext: the first two fifths for calibration; of the rest every eighth block
@@ -73,8 +79,6 @@ done
 # What routing, refit and shared experts each are worth, at the first seed: routing off at the same budget and with the
 # same refit; no refit; experts alone (stock Mixtral). And without the text that the model writes itself, and with
 # nothing else.
-read -r hidden writes_text < <("$cleave" inspect "$model" --json |
-  python3 -c 'import json, sys; m = json.load(sys.stdin); print(m["intermediate_size"], m["causal"] and m["has_head"])')
 for rho in ${RHOS:-0.75 0.5 0.25}; do
   units=$(python3 -c "print(round($hidden / 16 * $rho))") # experts of 16 neurons
   convert "static-$rho" --active-share "$rho" --seed "${seeds[0]}" --shared "$units"
