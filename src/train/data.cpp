@@ -25,6 +25,8 @@ std::uint64_t draw_below(std::mt19937_64& rng, std::uint64_t n) {
 TokenWindows slice(const TokenWindows& windows, std::int64_t begin, std::int64_t end) {
   TokenWindows part;
   part.context = windows.context;
+  part.before = windows.before;
+  part.after = windows.after;
   part.tokens.assign(windows.tokens.begin() + begin * windows.context,
                      windows.tokens.begin() + end * windows.context);
   return part;
