@@ -127,7 +127,8 @@ void add_allocation(const Conversion& conversion, const ModelConfig& written, Js
     if (candidate.kl) entry["kl"] = *candidate.kl;
     candidates.push_back(std::move(entry));
   }
-  json["allocation"] = {{"windows", choice.windows},
+  json["allocation"] = {{"measure", divergence_name(written.has_head)},
+                        {"windows", choice.windows},
                         {"layer_kl", choice.layer_kl},
                         {"layer_slope", choice.layer_slope},
                         {"candidates", candidates},
@@ -220,10 +221,11 @@ void run_convert(ConvertOptions options, const CLI::App& command) {
 
 void add_convert_command(CLI::App& app) {
   auto options = std::make_shared<ConvertOptions>();
-  CLI::App* command = app.add_subcommand(
-      "convert",
-      "Split every FFN into experts, attach routers, write a stock Mixtral or Granite "
-      "directory");
+  CLI::App* command =
+      app.add_subcommand("convert",
+                         "Split every FFN into experts, attach routers, write a stock Mixtral or "
+                         "Granite directory; of "
+                         "an encoder a cleave_bert_moe directory, which cleave alone opens");
   command->add_option("MODEL", options->model, "Dense model: directory or GGUF file")->required();
   command->add_option("OUT", options->out, "Directory to write")->required();
   command
