@@ -85,6 +85,11 @@ TokenWindows make_windows(std::vector<std::int32_t> tokens, std::int64_t context
                   context, context - room);
   if (limit_tokens < 0)
     fail_argument("limit of tokens is {}; expected 0 (all) or more", limit_tokens);
+  if (all < room && room < context)
+    fail_file(
+        "{}: has {} tokens, fewer than the {} that one window of {} holds beside {} special ones; "
+        "give a longer text or a smaller context",
+        origin, all, room, context, context - room);
   if (all < room)
     fail_file(
         "{}: has {} tokens, fewer than one window of {}; give a longer text or a smaller "
