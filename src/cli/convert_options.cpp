@@ -205,7 +205,6 @@ TokenWindows calibration_text(const Checkpoint& source, const ConvertOptions& op
 
 void check_combination(const ConvertOptions& options, const CLI::App& command) {
   const auto given = [&](const char* name) { return command.count(name) > 0; };
-  check_self_text(self_calibration_tokens(options), options.context);
   if (options.active_share == 0.0) {
     for (const char* name :
          {"--shared", "--refit", "--refit-rounds", "--router", "--penalty", "--correction",
@@ -237,7 +236,8 @@ void check_combination(const ConvertOptions& options, const CLI::App& command) {
 
 void settle_text(const ModelConfig& config, const CLI::App& command, ConvertOptions& options) {
   if (command.count("--context") == 0) options.context = default_context(options.context, config);
-  if (writes_text(config)) return;
+  if (writes_text(config))
+    return check_self_text(self_calibration_tokens(options), options.context);
   if (options.self_calibration != "auto" && self_calibration_tokens(options) > 0)
     throw InvalidArgument(fmt::format(
         "--self-calibration: {} is an encoder, which writes no text; give --calibration FILE alone",

@@ -89,7 +89,6 @@ void check_calibration(const ReportOptions& options, BaselineSet set) {
     throw InvalidArgument(
         "--baselines: they are fitted on text; give --calibration FILE, the one the model was "
         "converted with, or --self-calibration N where it wrote its own, or --baselines none");
-  check_self_text(options.self_calibration, options.context);
   check_file_shares(file_shares(options));
 }
 
@@ -110,6 +109,7 @@ void settle_options(const ModelConfig& config, const CLI::App& command, ReportOp
     throw InvalidArgument(
         "--self-calibration: DENSE is an encoder, which writes no text; give --calibration alone");
   if (command.count("--context") == 0) options.context = default_context(options.context, config);
+  check_self_text(options.self_calibration, options.context);
 }
 
 void run_report(ReportOptions options, const CLI::App& command) {

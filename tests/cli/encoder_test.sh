@@ -104,4 +104,17 @@ says out.txt '"hidden": \['
 grep -q '"logits"\|"vocab_size"' out.txt && fail "an encoder has logits"
 expect 2 $cleave logits bert --tokens 2,64,3
 says err.txt 'token 1 has id 64; expected 0 to 63'
+
+# That it is an encoder goes before what a text of its own would have to be.
+expect 2 $cleave convert bert none --active-share 0.5 --experts 10 --calibration-tokens 600
+says err.txt 'an encoder, which cannot write its own; give --calibration FILE'
+expect 2 $cleave convert bert none --active-share 0.5 --experts 10 --calibration short.txt --self-calibration 400
+says err.txt '--self-calibration: bert is an encoder, which writes no text'
+expect 2 $cleave report out bert --text other.txt --calibration short.txt --self-calibration 400
+says err.txt 'DENSE is an encoder, which writes no text'
+head -c 20 "$text" >tiny.txt
+expect 1 $cleave eval out --against bert --text tiny.txt --context 40
+says err.txt 'fewer than the 38 that one window of 40 holds beside 2 special ones'
+expect 0 $convert --active-share 0.5 --allocation kl --json
+says out.txt '"measure": *"cosine distance"'
 exit $status
