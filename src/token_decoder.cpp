@@ -92,8 +92,14 @@ Tokens decode_metaspace(Tokens tokens, const Pattern& replacement, bool prepends
 }
 
 void replace_all(std::string& text, std::string_view from, std::string_view to) {
-  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size())
-    text.replace(at, from.size(), to);
+  std::size_t at = text.find(from), copied = 0;
+  if (at == std::string::npos) return;
+  std::string result;
+  for (; at != std::string::npos; at = text.find(from, copied)) {
+    result.append(text, copied, at - copied).append(to);
+    copied = at + from.size();
+  }
+  text = result.append(text, copied);
 }
 
 /// English as it is written before a tokenizer spaces it out. HuggingFace does this to each token
