@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
 #include <string>
 
 #include "json_node.h"
@@ -17,6 +18,11 @@ std::int64_t count_code_points(std::string_view text) {
   return std::count_if(text.begin(), text.end(), [](char c) { return !is_continuation_byte(c); });
 }
 
+void sort_lengths(std::vector<std::size_t>& lengths) {
+  std::sort(lengths.begin(), lengths.end(), std::greater<>());
+  lengths.erase(std::unique(lengths.begin(), lengths.end()), lengths.end());
+}
+
 }  // namespace
 
 WordPiece WordPiece::from_json(const JsonNode& node) {
@@ -26,12 +32,13 @@ WordPiece WordPiece::from_json(const JsonNode& node) {
   std::vector<TokenTable::Entry> continuations;
   for (const auto& token : node.at("vocab").value().items()) {
     const std::string_view spelling = token.key();
-    model.longest_token_ = std::max(model.longest_token_, spelling.size());
+    model.token_lengths_.push_back(spelling.size());
     if (spelling.size() <= prefix.size() || !spelling.starts_with(prefix)) continue;
     continuations.emplace_back(token.value().get<std::int32_t>(), spelling.substr(prefix.size()));
-    model.longest_continuation_ =
-        std::max(model.longest_continuation_, spelling.size() - prefix.size());
+    model.continuation_lengths_.push_back(spelling.size() - prefix.size());
   }
+  sort_lengths(model.token_lengths_);
+  sort_lengths(model.continuation_lengths_);
   model.continuations_ = TokenTable(std::move(continuations));
 
   model.max_characters_ = node.at("max_input_chars_per_word").as_integer();
@@ -60,8 +67,8 @@ void WordPiece::encode(std::string_view word, Workspace&, std::vector<std::int32
 
 WordPiece::Piece WordPiece::longest_piece(std::string_view rest, bool continues) const {
   const TokenTable& table = continues ? continuations_ : tokens_;
-  std::size_t length = std::min(rest.size(), continues ? longest_continuation_ : longest_token_);
-  for (; length > 0; --length) {
+  for (const std::size_t length : continues ? continuation_lengths_ : token_lengths_) {
+    if (length == 0 || length > rest.size()) continue;
     if (length < rest.size() && is_continuation_byte(rest[length])) continue;  // inside a character
     if (const std::int32_t id = table.find(rest.substr(0, length)); id >= 0) return {id, length};
   }

@@ -33,9 +33,10 @@ class WordPiece {
   Piece longest_piece(std::string_view rest, bool continues) const;
 
   TokenTable tokens_;
-  TokenTable continuations_;                                  // those with the prefix, without it
-  std::size_t longest_token_ = 0, longest_continuation_ = 0;  // bytes
-  std::int64_t max_characters_ = 0;                           // of a word that is not unknown
+  TokenTable continuations_;  // those with the prefix, without it
+  // Bytes, those that occur, longest first: one long token must not make every length be tried.
+  std::vector<std::size_t> token_lengths_, continuation_lengths_;
+  std::int64_t max_characters_ = 0;  // of a word that is not unknown
   std::int32_t unk_id_ = -1;
 };
 

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <nlohmann/json.hpp>
 
 #include "cleave/error.h"
@@ -92,6 +93,18 @@ TEST(WordPiece, ALongWordIsNotSlow) {
   description["model"]["max_input_chars_per_word"] = 1 << 30;
   const std::size_t count = 3'000'000;  // a search over all ends would take 10^13 steps
   EXPECT_EQ(read_bert(description).encode("a" + std::string(count, 'b')).size(), count);
+}
+
+TEST(WordPiece, ALongTokenDoesNotMakeAWordSlow) {
+  json description = small_bert();
+  description["model"]["max_input_chars_per_word"] = 1 << 30;
+  description["model"]["vocab"]["##" + std::string(10'000, 'b') + "c"] = 15;
+  const Tokenizer tokenizer = read_bert(description);
+  const auto begin = std::chrono::steady_clock::now();
+  const std::size_t count = 50'000;  // 10^12 bytes to look at if each length up to it were tried
+  EXPECT_EQ(tokenizer.encode("a" + std::string(count, 'b')).size(), count);
+  EXPECT_EQ(tokenizer.encode("ab" + std::string(10'000, 'b') + "c"), (Ids{4, 15}));
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::minutes(1));
 }
 
 TEST(WordPiece, SpecialTokensStandAroundAText) {
