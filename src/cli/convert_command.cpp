@@ -224,8 +224,8 @@ void add_convert_command(CLI::App& app) {
   CLI::App* command =
       app.add_subcommand("convert",
                          "Split every FFN into experts, attach routers, write a stock Mixtral or "
-                         "Granite directory; of "
-                         "an encoder a cleave_bert_moe directory, which cleave alone opens");
+                         "Granite directory; of an encoder a cleave_bert_moe directory, which "
+                         "cleave alone opens");
   command->add_option("MODEL", options->model, "Dense model: directory or GGUF file")->required();
   command->add_option("OUT", options->out, "Directory to write")->required();
   command
