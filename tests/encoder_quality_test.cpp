@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -12,9 +13,11 @@
 #include "cleave/convert.h"
 #include "cleave/error.h"
 #include "cleave/evaluate.h"
+#include "cleave/export.h"
 #include "cleave/report.h"
 #include "cleave/self_text.h"
 #include "hidden_distance.h"
+#include "support/paths.h"
 #include "support/tiny_encoder.h"
 #include "support/tiny_models.h"
 #include "window_stream.h"
@@ -158,36 +161,69 @@ TEST(ConvertEncoder, RefitRepairsAndAllExpertsAreTheDenseModel) {
   EXPECT_LT(distance(whole), 1e-6);
 }
 
+/// As it is read again from disk.
+Model written(const BudgetSpec& spec, const TokenWindows& text) {
+  const Checkpoint source = Checkpoint::open(tiny_encoder_dir());
+  const TempDir dir;
+  write_conversion(dir.path() / "out", source, convert_to_budget(source, spec, text), "{}",
+                   {.dtype = DType::kF32});
+  return Model::load(Checkpoint::open(dir.path() / "out"), {.threads = 2});
+}
+
+/// What the FFN of layer 0 gives beyond `bias` on what a dense model's layer 0 reads: [T, D].
+std::vector<float> first_output(const Model& model, bool routed, MatrixView<const float> x,
+                                const std::vector<float>& bias, const ParallelFor& parallel) {
+  std::vector<float> result(static_cast<std::size_t>(x.rows * x.cols));
+  const MatrixView<float> y(result.data(), x.rows, x.cols);
+  if (routed)
+    model.moe_layer(0).forward(x, y, parallel);
+  else
+    dense_ffn(model.dense_ffn(0).view(), x, y, parallel);
+  for (std::int64_t t = 0; t < y.rows; ++t)
+    for (std::int64_t d = 0; d < y.cols; ++d) y(t, d) -= bias[d];
+  return result;
+}
+
 TEST(ConvertEncoder, TheOutputBiasGivesTheMeanOfWhatIsLost) {
   const TokenWindows text = random_text(40, 9);
-  BudgetSpec spec = small_budget();
-  spec.refit = false;
-  Model dense = encoder(), model = converted(spec, text);
+  Model dense = encoder();
   const ParallelFor parallel = dense.parallel();
   // What layer 0 reads is the same in both, so the weighted means of its outputs must be.
   WindowStream stream(dense, text);
   const std::int64_t T = stream.tokens(), D = dense.config().hidden_size;
-  std::vector<float> input(T * D), of_dense(T * D), of_moe(T * D);
-  const MatrixView<float> x(input.data(), T, D), y(of_dense.data(), T, D), z(of_moe.data(), T, D);
+  std::vector<float> input(T * D);
+  const MatrixView<float> x(input.data(), T, D);
   stream.attend(0, x);
-  const DenseFfn ffn = dense.dense_ffn(0);
-  dense_ffn(ffn.view(), x, y, parallel);
-  model.moe_layer(0).forward(x, z, parallel);
-  for (std::int64_t t = 0; t < T; ++t)
-    for (std::int64_t d = 0; d < D; ++d) y(t, d) -= ffn.down_bias[d], z(t, d) -= ffn.down_bias[d];
+  const std::vector<float> bias = dense.dense_ffn(0).down_bias;
+  std::vector<float> of_dense = first_output(dense, false, x, bias, parallel);
+  const MatrixView<float> y(of_dense.data(), T, D);
   const std::vector<float> weight = token_weights(stream.rows(), y, kContext, 1.0, 0);
-  const std::vector<float> left = mean_difference(y, z, weight);
-  for (const float value : left) EXPECT_NEAR(value, 0.0f, 1e-5f);
-  // Without it, the means differ.
-  MoeLayer plain = model.moe_layer(0);
-  plain.experts.down_bias = ffn.down_bias;
-  std::fill(of_moe.begin(), of_moe.end(), 0.0f);
-  plain.forward(x, z, parallel);
-  for (std::int64_t t = 0; t < T; ++t)
-    for (std::int64_t d = 0; d < D; ++d) z(t, d) -= ffn.down_bias[d];
-  double square = 0.0;
-  for (const float value : mean_difference(y, z, weight)) square += value * value;
-  EXPECT_GT(square, 1e-4);
+  const auto check = [&](const BudgetSpec& spec, const char* name) {
+    // Not from disk where experts are chosen: a rounded router may choose others for a token.
+    const bool routed = spec.shared_share < 1.0;
+    const Model model = routed ? converted(spec, text) : written(spec, text);
+    std::vector<float> of_model = first_output(model, routed, x, bias, parallel);
+    const MatrixView<float> z(of_model.data(), T, D);
+    for (const float value : mean_difference(y, z, weight)) EXPECT_NEAR(value, 0.0f, 1e-5f) << name;
+    // Without it, the means differ.
+    const std::vector<float> stored =
+        routed ? model.moe_layer(0).experts.down_bias : model.dense_ffn(0).down_bias;
+    float largest = 0.0f;
+    for (std::int64_t d = 0; d < D; ++d) largest = std::max(largest, std::abs(stored[d] - bias[d]));
+    EXPECT_GT(largest, spec.refit ? 1e-3f : 1e-2f) << name;
+  };
+  BudgetSpec spec = small_budget(), unrepaired = spec, parallel_mode = spec, rounds = spec;
+  unrepaired.refit = false;
+  parallel_mode.calibration_mode = CalibrationMode::kParallel;
+  rounds.refit_rounds = 2;
+  BudgetSpec pruned = unrepaired, refitted = spec;
+  pruned.shared_share = refitted.shared_share = 1.0;
+  check(spec, "default");
+  check(unrepaired, "without refit");
+  check(parallel_mode, "parallel");
+  check(rounds, "two rounds");
+  check(pruned, "pruned");
+  check(refitted, "pruned and refitted");
 }
 
 TEST(ConvertEncoder, EveryPartitionAndRouterDoesWithoutAGate) {
@@ -256,6 +292,23 @@ TEST_F(ReportOfAnEncoder, EveryBaselineRunsOnTwoMatricesWithBiases) {
       EXPECT_NEAR(row.router_share, 8.0 * 24 / (2.0 * 40 * 24), 1e-12);
     }
   }
+}
+
+TEST(EncoderReport, TheRefittedMaskIsTheConversionInWhichAllIsShared) {
+  const TokenWindows calibration = random_text(40, 15), held_out = random_text(4, 16);
+  Model dense = encoder();
+  std::vector<BaselineSpec> specs = baseline_specs(BaselineSet::kQuick, 40, 0.5);
+  std::erase_if(specs, [](const auto& spec) { return spec.method != "static mask, refitted"; });
+  ASSERT_EQ(specs.size(), 1u);
+  const std::vector<QualityRow> rows =
+      measure_baselines(dense, prepare_baselines(dense, calibration, specs), held_out,
+                        hidden_states(dense, held_out));
+  BudgetSpec spec = small_budget();
+  spec.shared_share = 1.0;
+  Model pruned = written(spec, calibration);
+  const double distance = evaluate(pruned, held_out, &dense).divergence();
+  EXPECT_GT(distance, 1e-3);
+  EXPECT_NEAR(rows.at(0).cosine_distance, distance, 1e-4 * distance);
 }
 
 TEST(EncoderReport, NamesTheCosineDistance) {
