@@ -33,15 +33,6 @@ std::vector<float> or_zeros(const std::vector<float>& values, std::int64_t count
   return values.empty() ? std::vector<float>(static_cast<std::size_t>(count)) : values;
 }
 
-/// [E, D, I], or [D, I] of one slice.
-std::vector<float> fused_down(const ExpertBank& bank, float scale) {
-  std::vector<float> all;
-  all.reserve(bank.down_t.size());
-  for (std::int64_t e = 0; e < bank.num_experts(); ++e)
-    append_down(bank, bank.begin[e], bank.width(e), scale, all);
-  return all;
-}
-
 void add_shared(const ExpertBank& shared, std::int64_t index, std::vector<NamedTensor>& out) {
   const std::int64_t width = shared.rows(), D = shared.d_model;
   if (width == 0) return;

@@ -41,15 +41,6 @@ std::vector<float> fused_input(const ExpertBank& bank) {
   return all;
 }
 
-/// [E, D, I].
-std::vector<float> fused_output(const ExpertBank& bank, float scale) {
-  std::vector<float> all;
-  all.reserve(bank.down_t.size());
-  for (std::int64_t e = 0; e < bank.num_experts(); ++e)
-    append_down(bank, bank.begin[e], bank.width(e), scale, all);
-  return all;
-}
-
 /// [2 width, D] of one slice; rows of zeros where it has fewer.
 std::vector<float> padded_input(const ExpertBank& slice, std::int64_t width, std::int64_t D) {
   const std::int64_t part = width * D;
@@ -77,7 +68,7 @@ void add_granite_layer(const MoeLayer& layer, std::int64_t index, std::int64_t w
   out.push_back(
       {GraniteMoeNames::input(index), {E, 2 * I, D}, [&bank] { return fused_input(bank); }});
   out.push_back({GraniteMoeNames::output(index), {E, D, I}, [&layer] {
-                   return fused_output(layer.experts, static_cast<float>(folded_scale(layer)));
+                   return fused_down(layer.experts, static_cast<float>(folded_scale(layer)));
                  }});
   if (width == 0) return;
   out.push_back({GraniteMoeNames::shared_input(index), {2 * width, D}, [&shared, width, D] {

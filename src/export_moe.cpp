@@ -96,6 +96,14 @@ void append_down(const ExpertBank& bank, std::int64_t begin, std::int64_t width,
       down[c * width + j] = bank.down_t[(begin + j) * D + c] * scale;
 }
 
+std::vector<float> fused_down(const ExpertBank& bank, float scale) {
+  std::vector<float> all;
+  all.reserve(bank.down_t.size());
+  for (std::int64_t e = 0; e < bank.num_experts(); ++e)
+    append_down(bank, bank.begin[e], bank.width(e), scale, all);
+  return all;
+}
+
 std::vector<float> stored_router(const MoeLayer& layer) {
   std::vector<float> weight = layer.router.weight;
   if (layer.gate == GateMode::kHard)

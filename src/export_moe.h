@@ -37,6 +37,8 @@ void append_rows(const std::vector<float>& matrix, std::int64_t begin, std::int6
 /// it is written.
 void append_down(const ExpertBank& bank, std::int64_t begin, std::int64_t width, float scale,
                  std::vector<float>& to);
+/// All experts' `down`, one behind the other: [E, D, I], or [D, I] of a bank of one.
+std::vector<float> fused_down(const ExpertBank& bank, float scale);
 /// [E, D], scaled by kHardGateEpsilon for a hard gate.
 std::vector<float> stored_router(const MoeLayer& layer);
 

@@ -126,6 +126,20 @@ std::string bert_config_json(const ModelConfig& c) {
   return json.dump(2) + "\n";
 }
 
+/// Without experts, FFNs of `hidden` neurons.
+ModelConfig dense_config(const ModelConfig& source, Family family, std::int64_t hidden,
+                         DType dtype) {
+  ModelConfig config = source;
+  config.family = family;
+  config.num_experts = 0;
+  config.experts_per_token = 0;
+  config.shared_intermediate_size = 0;
+  config.shared_widths.clear();
+  config.intermediate_size = hidden;
+  config.dtype = dtype;
+  return config;
+}
+
 }  // namespace
 
 ModelConfig mixtral_config(const ModelConfig& source, const MixtralShape& shape, DType dtype) {
@@ -151,14 +165,8 @@ ModelConfig granite_moe_shared_config(const ModelConfig& source, const GraniteMo
 }
 
 ModelConfig llama_dense_config(const ModelConfig& source, std::int64_t hidden, DType dtype) {
-  ModelConfig config = source;
-  config.family = Family::kLlama;
-  config.num_experts = 0;
-  config.experts_per_token = 0;
-  config.shared_intermediate_size = 0;
-  config.intermediate_size = hidden;
+  ModelConfig config = dense_config(source, Family::kLlama, hidden, dtype);
   config.sliding_window = 0;
-  config.dtype = dtype;
   return config;
 }
 
@@ -176,15 +184,7 @@ ModelConfig bert_moe_config(const ModelConfig& source, const BertMoeShape& shape
 }
 
 ModelConfig bert_dense_config(const ModelConfig& source, std::int64_t hidden, DType dtype) {
-  ModelConfig config = source;
-  config.family = Family::kBert;
-  config.num_experts = 0;
-  config.experts_per_token = 0;
-  config.shared_intermediate_size = 0;
-  config.shared_widths.clear();
-  config.intermediate_size = hidden;
-  config.dtype = dtype;
-  return config;
+  return dense_config(source, Family::kBert, hidden, dtype);
 }
 
 std::string target_config_json(const ModelConfig& c) {
