@@ -19,9 +19,8 @@
 namespace cleave {
 
 /// How packed weights are stored. Sums and results are float32 with all of them, and so are inputs,
-/// but for kBF16 where the instruction set is "avx512bf16": from some 9 rows of a matrix on, and
-/// from 5 per expert on average (3 where experts are a panel or two wide, or the FFN takes 8 MiB at
-/// most), they are then rounded to bfloat16 before each product.
+/// but for kBF16 where the instruction set is "avx512bf16": those of FFNs, and of a matrix from 5
+/// rows on, are then rounded to bfloat16 before each product.
 enum class WeightType {
   kF32,   ///< 4 bytes a weight
   kBF16,  ///< 2 bytes, rounded to nearest even

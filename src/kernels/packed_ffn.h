@@ -27,23 +27,15 @@ inline bool is_narrow(const PackedExperts& experts) {
   return experts.panel_begin(E) <= 2 * E;
 }
 
-/// Whether prompts are multiplied as bfloat16 pairs.
+/// Whether x and hidden values are rounded to bfloat16 and multiplied as pairs.
 bool uses_dots(const PackedExperts& experts);
-
-/// How experts run, by their rows (tokens each, on average).
-enum class FfnWay {
-  kDecode,     ///< few: weights are read once, as they are stored. packed_ffn_decode.cpp
-  kDotDecode,  ///< the same with rows rounded to bfloat16, where uses_dots(). *_dot_decode.cpp
-  kPrefill     ///< many: weights are unpacked once per pass. packed_ffn_prefill.cpp
-};
-FfnWay ffn_way(const PackedExperts& experts, std::int64_t tokens, std::int64_t k);
 
 /// moe_ffn() but for its checks: ids are in range, and no token has one twice. Several calls are of
 /// the same x and y.
 void run_checked(std::span<const FfnCall> calls, Workspace& workspace, const ParallelFor& parallel);
 
-/// The ways of few rows: all parts run a share of each call's panels into a sum of their own. So
-/// several calls wait for each other once.
+/// The ways of few rows, where weights are read once, as they are stored: all parts run a share of
+/// each call's panels into a sum of their own. So several calls wait for each other once.
 void run_few(std::span<const FfnCall> calls, Workspace& workspace, const ParallelFor& parallel);
 void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
 

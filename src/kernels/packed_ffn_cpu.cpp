@@ -27,8 +27,8 @@ std::int64_t few_tokens(const ActiveExperts& a) {
   };
   if (!uses_dots(experts)) return below(16);
   const bool narrow = is_narrow(experts);
-  if (!narrow && !is_small(experts)) return below(5);
-  const std::int64_t most = narrow ? 14 : E == 1 ? 13 : 10;  // a product has 12 rows, but rows vary
+  // A product has 12 rows, but rows vary; and more of them hold up the reading of large weights.
+  const std::int64_t most = narrow ? 14 : !is_small(experts) ? 7 : E == 1 ? 13 : 10;
   const std::int64_t sum_bytes = experts.d_model() * static_cast<std::int64_t>(sizeof(float));
   return std::max(below(narrow ? 9 : 5), std::min(below(most), experts.bytes() / (16 * sum_bytes)));
 }
@@ -104,18 +104,10 @@ void check_one_expert(const char* function, const PackedExperts& ffn) {
 
 }  // namespace
 
-FfnWay ffn_way(const PackedExperts& experts, std::int64_t tokens, std::int64_t k) {
-  constexpr std::int64_t kPairedRows = 3;
-  const std::int64_t pairs = tokens * k, E = experts.num_experts();
-  if (k > 0 && tokens > few_tokens({experts, k})) return FfnWay::kPrefill;
-  const bool paired = uses_dots(experts) && (is_narrow(experts) || is_small(experts));
-  return paired && pairs >= kPairedRows * E ? FfnWay::kDotDecode : FfnWay::kDecode;
-}
-
 void run_checked(std::span<const FfnCall> calls, Workspace& workspace,
                  const ParallelFor& parallel) {
   const auto is_few = [](const FfnCall& c) {
-    return ffn_way(c.experts, c.x.rows, c.k) != FfnWay::kPrefill;
+    return c.k == 0 || c.x.rows <= few_tokens({c.experts, c.k});
   };
   if (std::all_of(calls.begin(), calls.end(), is_few)) return run_few(calls, workspace, parallel);
   for (const FfnCall& c : calls)

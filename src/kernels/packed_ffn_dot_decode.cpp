@@ -1,7 +1,7 @@
 // A few tokens each, and bfloat16 weights where the machine multiplies pairs of them: one phase as
 // in packed_ffn_decode.cpp, but rows of x and hidden values are rounded to bfloat16 as for prompts.
-// As floats these rows would cost more time than the weights take from memory, and two phases would
-// wait for each other.
+// As floats, rows can cost more time than the weights take from memory, and two phases would wait
+// for each other.
 
 #include <algorithm>
 

@@ -23,11 +23,9 @@ FewScratch carve_few(Carver& from, std::int64_t tokens, std::int64_t d_model, st
   return s;
 }
 
-/// Whichever way they run.
 std::size_t scratch_of(const ActiveExperts& a, std::int64_t tokens) {
-  const std::size_t floats = decode_scratch(a.experts, tokens, a.k);
-  return uses_dots(a.experts) ? std::max(floats, dot_decode_scratch(a.experts, tokens, a.k))
-                              : floats;
+  return uses_dots(a.experts) ? dot_decode_scratch(a.experts, tokens, a.k)
+                              : decode_scratch(a.experts, tokens, a.k);
 }
 
 }  // namespace
@@ -47,7 +45,7 @@ void run_few(std::span<const FfnCall> calls, Workspace& workspace, const Paralle
   bool whole_panels = false;
   for (const FfnCall& c : calls) {
     most = std::max(most, scratch_of({c.experts, c.k}, T));
-    whole_panels = whole_panels || ffn_way(c.experts, T, c.k) == FfnWay::kDotDecode;
+    whole_panels = whole_panels || uses_dots(c.experts);
   }
   Carver sizes(nullptr);
   carve_few(sizes, T, D, most);
@@ -65,9 +63,8 @@ void run_few(std::span<const FfnCall> calls, Workspace& workspace, const Paralle
       if (part >= first_sum) std::fill_n(s.sum, T * stride, 0.0f);
       const MatrixView<float> sum = part >= first_sum ? MatrixView<float>(s.sum, T, D, stride) : y;
       for (const FfnCall& c : calls)
-        ffn_way(c.experts, T, c.k) == FfnWay::kDotDecode
-            ? dot_decode_share(c, s.calls, sum, part, parts)
-            : decode_share(c, s.calls, sum, part, parts);
+        uses_dots(c.experts) ? dot_decode_share(c, s.calls, sum, part, parts)
+                             : decode_share(c, s.calls, sum, part, parts);
     }
   });
   if (parts == first_sum) return;

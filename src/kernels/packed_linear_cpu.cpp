@@ -16,6 +16,9 @@ constexpr std::int64_t kRowBytes = 768 << 10;
 constexpr std::int64_t kMinPassRows = 48;
 // Passes, and parts where rows are shared, are cut at multiples of so many rows: whole products.
 constexpr std::int64_t kRowUnit = 12;
+// Rows that are still multiplied as floats where dot products would do: they wait for memory, and
+// more of them for arithmetic.
+constexpr std::int64_t kDirectDotRows = 4;
 // Below so many multiply-adds a part is not worth waking a thread (a few microseconds).
 constexpr std::int64_t kPartMacs = 64 * 1024;
 
@@ -227,9 +230,11 @@ void linear(const PackedLinear& weight, MatrixView<const float> x, std::span<con
   if (x.rows == 0 || weight.rows() == 0) return;
   const Output output{y, bias, add};
   const PanelFormat format = panel_format(weight.type());
-  if (x.rows <= direct_panel_rows(panel_kernels(), format))
+  const bool dots = format == PanelFormat::kBF16 && panel_kernels().dots != nullptr;
+  const std::int64_t most = direct_panel_rows(panel_kernels(), format);
+  if (x.rows <= (dots ? std::min(most, kDirectDotRows) : most))
     run_shares<DirectLoop>(weight, x, output, workspace, parallel);
-  else if (format == PanelFormat::kBF16 && panel_kernels().dots != nullptr)
+  else if (dots)
     run_shares<BlockLoop<DotBlocks>>(weight, x, output, workspace, parallel);
   else
     run_shares<BlockLoop<UnpackedBlocks>>(weight, x, output, workspace, parallel);
