@@ -76,8 +76,6 @@ class FineLayers {
         logits_(static_cast<std::size_t>(T * 72)) {
     const auto weights = random_values(72 * 576, 6);
     router_ = PackedLinear({weights.data(), 72, 576}, WeightType::kBF16);
-    // What the router gives is not used: random weights would choose the same experts for all.
-    routing_ = random_routing(routed_.shape(), T, 5);
   }
   /// 318 MB of bfloat16, so that the weights of few tokens come from memory.
   static constexpr std::int64_t kLayers = 60, kFewTokens = 128;
@@ -98,10 +96,8 @@ class FineLayers {
   void run_layer(std::int64_t layer) {
     const MatrixView<const float> x(x_.data(), T_, 576);
     const MatrixView<float> y(y_.data(), T_, 576), logits(logits_.data(), T_, 72);
-    linear(router_, x, {}, logits, false, workspace_, parallel_);
-    route(logits, {.experts_per_token = 24, .mode = GateMode::kSoftmax}, ignored_, parallel_);
-    moe_ffn(routed_.layer(layer), routing_, 1.0f, shared_.layer(layer), x, y, workspace_,
-            parallel_);
+    moe_ffn({router_, {.experts_per_token = 24, .mode = GateMode::kSoftmax}, logits, routing_},
+            routed_.layer(layer), 1.0f, shared_.layer(layer), x, y, workspace_, parallel_);
   }
 
   std::int64_t T_;
@@ -109,7 +105,7 @@ class FineLayers {
   FfnSetup routed_, shared_;
   std::vector<float> x_, y_, logits_;
   PackedLinear router_;
-  Routing routing_, ignored_;
+  Routing routing_;
   Workspace workspace_;
 };
 

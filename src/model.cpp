@@ -147,14 +147,16 @@ void Model::Impl::run_experts(const PackedMoe& moe, float threshold, MatrixView<
   const std::int64_t E = moe.experts.num_experts();
   router_logits.resize(static_cast<std::size_t>(normed.rows * E));
   const MatrixView<float> logits(router_logits.data(), normed.rows, E);
-  linear(moe.router, normed, {}, logits, /*add=*/false, workspace, pool.parallel_for());
-  route(logits,
-        {.experts_per_token = moe.experts_per_token, .mode = moe.gate, .threshold = threshold},
-        routing, pool.parallel_for());
-  if (moe.shared.num_experts() > 0)
-    moe_ffn(moe.experts, routing, moe.scale, moe.shared, normed, y, workspace, pool.parallel_for());
-  else
+  const RouteSpec spec{
+      .experts_per_token = moe.experts_per_token, .mode = moe.gate, .threshold = threshold};
+  if (moe.shared.num_experts() > 0) {
+    moe_ffn({moe.router, spec, logits, routing}, moe.experts, moe.scale, moe.shared, normed, y,
+            workspace, pool.parallel_for());
+  } else {
+    linear(moe.router, normed, {}, logits, /*add=*/false, workspace, pool.parallel_for());
+    route(logits, spec, routing, pool.parallel_for());
     moe_ffn(moe.experts, routing, moe.scale, normed, y, workspace, pool.parallel_for());
+  }
   if (moe.experts.down_bias().empty()) return;
   for (std::int64_t t = 0; t < y.rows; ++t)
     isa_kernels().add(moe.experts.down_bias().data(), y.row(t), y.cols);

@@ -206,6 +206,22 @@ void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
              const PackedExperts& shared, MatrixView<const float> x, MatrixView<float> y,
              Workspace& workspace, const ParallelFor& parallel);
 
+/// A layer's router, and where its results go.
+struct RouterCall {
+  const PackedLinear& weight;  ///< [E, D]
+  RouteSpec spec;
+  MatrixView<float> logits;  ///< [T, E]
+  Routing& routing;
+};
+
+/// linear() by a router, route() and moe_ffn() with shared experts as one: where tokens are few,
+/// one thread routes while the others begin with the shared experts. Give it a workspace that
+/// grows. After an exception y may hold anything.
+/// @throws InvalidArgument  as those three
+void moe_ffn(const RouterCall& router, const PackedExperts& experts, float scale,
+             const PackedExperts& shared, MatrixView<const float> x, MatrixView<float> y,
+             Workspace& workspace, const ParallelFor& parallel);
+
 /// Bytes of workspace that are enough for moe_ffn() on up to `num_tokens` tokens (T) with K experts
 /// each, on `threads` threads. Depends on nothing else.
 std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t num_tokens,

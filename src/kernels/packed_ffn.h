@@ -6,6 +6,7 @@
 
 #include "cleave/packed.h"
 #include "fail.h"
+#include "kernels/shared_step.h"
 
 // What the ways to run experts on packed weights share.
 namespace cleave {
@@ -19,6 +20,7 @@ struct FfnCall {
   float scale;
   MatrixView<const float> x;
   MatrixView<float> y;
+  SharedStep* routing = nullptr;  // what writes ids and weights in the phase that runs the call
 };
 
 /// Experts of a panel or two, on average.
@@ -35,7 +37,8 @@ bool uses_dots(const PackedExperts& experts);
 void run_checked(std::span<const FfnCall> calls, Workspace& workspace, const ParallelFor& parallel);
 
 /// The ways of few rows, where weights are read once, as they are stored: all parts run a share of
-/// each call's panels into a sum of their own. So several calls wait for each other once.
+/// each call's panels into a sum of their own. So several calls wait for each other once; and those
+/// that are routed meanwhile come last.
 void run_few(std::span<const FfnCall> calls, Workspace& workspace, const ParallelFor& parallel);
 void run_prefill(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel);
 
@@ -48,6 +51,9 @@ struct ActiveExperts {
 std::size_t few_bytes(std::span<const ActiveExperts> all, std::int64_t tokens, std::int64_t parts);
 std::size_t prefill_bytes(const PackedExperts& experts, std::int64_t tokens, std::int64_t k,
                           std::int64_t parts);
+
+/// Workspace that linear() takes on one thread.
+std::size_t linear_bytes(const PackedLinear& weight, std::int64_t rows);
 
 /// sum [T, D] += part `part` of `parts` of the call. `scratch`: as many bytes as the next function
 /// says.

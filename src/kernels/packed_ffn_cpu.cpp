@@ -1,10 +1,12 @@
 // moe_ffn and dense_ffn on packed weights: checks, and the choice between the ways to run them.
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 
 #include "cleave/packed.h"
 #include "fail.h"
+#include "kernels/check_logits.h"
 #include "kernels/check_routing.h"
 #include "kernels/dispatch.h"
 #include "kernels/packed_ffn.h"
@@ -31,6 +33,10 @@ std::int64_t few_tokens(const ActiveExperts& a) {
   const std::int64_t most = narrow ? 14 : !is_small(experts) ? 7 : E == 1 ? 13 : 10;
   const std::int64_t sum_bytes = experts.d_model() * static_cast<std::int64_t>(sizeof(float));
   return std::max(below(narrow ? 9 : 5), std::min(below(most), experts.bytes() / (16 * sum_bytes)));
+}
+
+bool is_few(const ActiveExperts& a, std::int64_t tokens) {
+  return a.k == 0 || tokens <= few_tokens(a);
 }
 
 void check_packed_shapes(const char* function, const PackedExperts& experts,
@@ -63,7 +69,7 @@ std::size_t always_on_bytes(std::int64_t T) {
 
 constexpr std::int64_t kTokensPerRange = 256;
 
-/// A dense FFN for all tokens, after `routed` if that is given. `bytes`: of workspace.
+/// A dense FFN for all tokens, and then `routed` if that is given. `bytes`: of workspace.
 void run_always_on(const FfnCall* routed, const PackedExperts& ffn, MatrixView<const float> x,
                    MatrixView<float> y, std::size_t bytes, Workspace& workspace,
                    const ParallelFor& parallel) {
@@ -77,8 +83,8 @@ void run_always_on(const FfnCall* routed, const PackedExperts& ffn, MatrixView<c
   });
   Workspace rest(std::span<std::byte>(memory + room.used(), bytes - room.used()));
   const FfnCall always{ffn, all.ids, all.ones, 1, 1.0f, x, y};
-  const FfnCall calls[2] = {routed != nullptr ? *routed : always, always};
-  run_checked(std::span(calls).subspan(routed != nullptr ? 0 : 1), rest, parallel);
+  const FfnCall calls[2] = {always, routed != nullptr ? *routed : always};
+  run_checked(std::span(calls).first(routed != nullptr ? 2 : 1), rest, parallel);
   if (ffn.down_bias().empty()) return;
   parallel(T, kTokensPerRange, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t t = begin; t < end; ++t)
@@ -97,6 +103,17 @@ FfnCall checked_call(const PackedExperts& experts, const RoutingView& routing, f
   return {experts, routing.ids, routing.weights, routing.experts_per_token, scale, x, y};
 }
 
+void check_router(const char* function, const RouterCall& router, std::int64_t E,
+                  MatrixView<const float> x) {
+  if (router.weight.rows() != E || router.weight.cols() != x.cols || router.logits.rows != x.rows ||
+      router.logits.cols != E)
+    fail_argument(
+        "{}: the router is [{}, {}] and its logits [{}, {}]; expected [E, D] = [{}, {}] and [T, E] "
+        "= [{}, {}]",
+        function, router.weight.rows(), router.weight.cols(), router.logits.rows,
+        router.logits.cols, E, x.cols, x.rows, E);
+}
+
 void check_one_expert(const char* function, const PackedExperts& ffn) {
   if (ffn.num_experts() != 1)
     fail_argument("{}: {} experts; a dense FFN is one", function, ffn.num_experts());
@@ -106,12 +123,10 @@ void check_one_expert(const char* function, const PackedExperts& ffn) {
 
 void run_checked(std::span<const FfnCall> calls, Workspace& workspace,
                  const ParallelFor& parallel) {
-  const auto is_few = [](const FfnCall& c) {
-    return c.k == 0 || c.x.rows <= few_tokens({c.experts, c.k});
-  };
-  if (std::all_of(calls.begin(), calls.end(), is_few)) return run_few(calls, workspace, parallel);
+  const auto few = [](const FfnCall& c) { return is_few({c.experts, c.k}, c.x.rows); };
+  if (std::all_of(calls.begin(), calls.end(), few)) return run_few(calls, workspace, parallel);
   for (const FfnCall& c : calls)
-    is_few(c) ? run_few({&c, 1}, workspace, parallel) : run_prefill(c, workspace, parallel);
+    few(c) ? run_few({&c, 1}, workspace, parallel) : run_prefill(c, workspace, parallel);
 }
 
 std::size_t moe_ffn_workspace_size(const PackedExperts& experts, std::int64_t num_tokens,
@@ -159,6 +174,41 @@ void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
   run_always_on(call.k > 0 ? &call : nullptr, shared, x, y,
                 moe_ffn_workspace_size(experts, shared, x.rows, call.k, parallel.threads),
                 workspace, parallel);
+}
+
+void moe_ffn(const RouterCall& router, const PackedExperts& experts, float scale,
+             const PackedExperts& shared, MatrixView<const float> x, MatrixView<float> y,
+             Workspace& workspace, const ParallelFor& parallel) {
+  const std::int64_t T = x.rows, E = experts.num_experts(), K = router.spec.experts_per_token;
+  check_packed_shapes("moe_ffn", experts, x, y);
+  check_one_expert("moe_ffn: shared experts", shared);
+  check_packed_shapes("moe_ffn: shared experts", shared, x, y);
+  check_router("moe_ffn", router, E, x);
+  check_route_spec("moe_ffn", router.spec, E);
+  check_pairs("moe_ffn", T, K);
+  if (T == 0 || !is_few({experts, K}, T) || !is_few({shared, 1}, T)) {
+    linear(router.weight, x, {}, router.logits, /*add=*/false, workspace, parallel);
+    route(router.logits, router.spec, router.routing, parallel);
+    return moe_ffn(experts, router.routing, scale, shared, x, y, workspace, parallel);
+  }
+  Routing& routing = router.routing;
+  routing.num_tokens = T;
+  routing.experts_per_token = K;
+  routing.ids.resize(static_cast<std::size_t>(T * K));
+  routing.weights.resize(static_cast<std::size_t>(T * K));
+  const std::size_t ffn_bytes = moe_ffn_workspace_size(experts, shared, T, K, parallel.threads);
+  const std::size_t router_bytes = linear_bytes(router.weight, T);
+  const std::span<std::byte> memory(workspace.get(ffn_bytes + router_bytes),
+                                    ffn_bytes + router_bytes);
+  const auto work = [&] {
+    Workspace own(memory.first(router_bytes));
+    linear(router.weight, x, {}, router.logits, /*add=*/false, own, {});
+    route(router.logits, router.spec, routing.ids.data(), routing.weights.data());
+  };
+  SharedStep step(std::ref(work));  // a reference: nothing is allocated
+  const FfnCall routed{experts, routing.ids.data(), routing.weights.data(), K, scale, x, y, &step};
+  Workspace rest(memory.subspan(router_bytes));
+  run_always_on(&routed, shared, x, y, ffn_bytes, rest, parallel);
 }
 
 std::size_t dense_ffn_workspace_size(const PackedExperts& ffn, std::int64_t num_tokens,

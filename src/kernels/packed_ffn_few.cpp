@@ -43,7 +43,9 @@ void run_few(std::span<const FfnCall> calls, Workspace& workspace, const Paralle
   const std::int64_t T = y.rows, D = y.cols, parts = std::max(1, parallel.threads);
   std::size_t most = 0;
   bool whole_panels = false;
+  SharedStep* routing = nullptr;
   for (const FfnCall& c : calls) {
+    if (c.routing != nullptr) routing = c.routing;
     most = std::max(most, scratch_of({c.experts, c.k}, T));
     whole_panels = whole_panels || uses_dots(c.experts);
   }
@@ -62,9 +64,12 @@ void run_few(std::span<const FfnCall> calls, Workspace& workspace, const Paralle
       const FewScratch s = scratch(part);
       if (part >= first_sum) std::fill_n(s.sum, T * stride, 0.0f);
       const MatrixView<float> sum = part >= first_sum ? MatrixView<float>(s.sum, T, D, stride) : y;
-      for (const FfnCall& c : calls)
+      if (part == 0 && routing != nullptr) routing->begin();
+      for (const FfnCall& c : calls) {
+        if (c.routing != nullptr && !c.routing->finish()) return;
         uses_dots(c.experts) ? dot_decode_share(c, s.calls, sum, part, parts)
                              : decode_share(c, s.calls, sum, part, parts);
+      }
     }
   });
   if (parts == first_sum) return;

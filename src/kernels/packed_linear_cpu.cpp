@@ -4,6 +4,7 @@
 #include "cleave/packed.h"
 #include "fail.h"
 #include "kernels/dispatch.h"
+#include "kernels/packed_ffn.h"
 #include "kernels/packed_format.h"
 #include "kernels/panel_rows.h"
 #include "kernels/prefill_blocks.h"
@@ -188,25 +189,35 @@ class BlockLoop {
   Value* rounded_;  // [rows of a pass, stride] x, where it is rounded
 };
 
+/// How a product is cut, for a way to run it.
+template <typename Loop>
+struct Cut {
+  Cut(const PackedLinear& weight, std::int64_t rows) {
+    const std::int64_t in_cache = kRowBytes / (4 * std::max<std::int64_t>(1, weight.cols()));
+    pass = std::min(rows, std::max(kMinPassRows, in_cache / kRowUnit * kRowUnit));
+    room = (Loop::scratch_size(pass, weight.cols()) + 15) / 16 * 16;
+  }
+  std::int64_t pass;  // rows at a time
+  std::int64_t room;  // floats of workspace for each part
+};
+
 /// Runs Loop over equal shares of the panels; of the rows where there are too few panels to share.
 template <typename Loop>
 void run_shares(const PackedLinear& weight, MatrixView<const float> x, const Output& output,
                 Workspace& workspace, const ParallelFor& parallel) {
-  const std::int64_t T = x.rows, K = weight.cols();
+  const Cut<Loop> cut(weight, x.rows);
+  const std::int64_t T = x.rows, K = weight.cols(), pass = cut.pass;
   const std::int64_t panels = (weight.rows() + kPanelWidth - 1) / kPanelWidth;
   const std::int64_t parts = std::max(1, parallel.threads);
-  const std::int64_t in_cache = kRowBytes / (4 * std::max<std::int64_t>(1, K));
-  const std::int64_t pass = std::min(T, std::max(kMinPassRows, in_cache / kRowUnit * kRowUnit));
   const bool cut_rows = panels < 4 * parts && T >= kRowUnit * parts;
   const std::int64_t n = cut_rows ? (T + kRowUnit - 1) / kRowUnit : panels;
   const std::int64_t macs = kPanelWidth * K * (cut_rows ? kRowUnit * panels : T);
   const std::int64_t wanted = std::clamp<std::int64_t>(n * macs / kPartMacs, 1, std::min(parts, n));
-  const std::int64_t room = (Loop::scratch_size(pass, K) + 15) / 16 * 16;
   auto* memory = reinterpret_cast<float*>(
-      workspace.get(static_cast<std::size_t>(room * wanted) * sizeof(float)));
+      workspace.get(static_cast<std::size_t>(cut.room * wanted) * sizeof(float)));
   parallel(wanted, 1, [&](std::int64_t part_begin, std::int64_t part_end) {
     for (std::int64_t part = part_begin; part < part_end; ++part) {
-      const Loop loop(weight, x, output, pass, memory + room * part);
+      const Loop loop(weight, x, output, pass, memory + cut.room * part);
       const std::int64_t begin = n * part / wanted, end = n * (part + 1) / wanted;
       const std::int64_t first = cut_rows ? begin * kRowUnit : 0;
       const std::int64_t last = cut_rows ? std::min(T, end * kRowUnit) : T;
@@ -216,7 +227,26 @@ void run_shares(const PackedLinear& weight, MatrixView<const float> x, const Out
   });
 }
 
+/// body(std::type_identity<the way to run so many rows>)
+template <typename Body>
+auto with_loop(const PackedLinear& weight, std::int64_t rows, const Body& body) {
+  const PanelFormat format = panel_format(weight.type());
+  const bool dots = format == PanelFormat::kBF16 && panel_kernels().dots != nullptr;
+  const std::int64_t most = direct_panel_rows(panel_kernels(), format);
+  if (rows <= (dots ? std::min(most, kDirectDotRows) : most))
+    return body(std::type_identity<DirectLoop>());
+  return dots ? body(std::type_identity<BlockLoop<DotBlocks>>())
+              : body(std::type_identity<BlockLoop<UnpackedBlocks>>());
+}
+
 }  // namespace
+
+std::size_t linear_bytes(const PackedLinear& weight, std::int64_t rows) {
+  return with_loop(weight, rows, [&](auto loop) {
+    return static_cast<std::size_t>(Cut<typename decltype(loop)::type>(weight, rows).room) *
+           sizeof(float);
+  });
+}
 
 void linear(const PackedLinear& weight, MatrixView<const float> x, std::span<const float> bias,
             MatrixView<float> y, bool add, Workspace& workspace, const ParallelFor& parallel) {
@@ -228,16 +258,9 @@ void linear(const PackedLinear& weight, MatrixView<const float> x, std::span<con
         x.rows, x.cols, y.rows, y.cols, bias.size(), weight.rows(), weight.cols(), weight.cols(),
         weight.rows());
   if (x.rows == 0 || weight.rows() == 0) return;
-  const Output output{y, bias, add};
-  const PanelFormat format = panel_format(weight.type());
-  const bool dots = format == PanelFormat::kBF16 && panel_kernels().dots != nullptr;
-  const std::int64_t most = direct_panel_rows(panel_kernels(), format);
-  if (x.rows <= (dots ? std::min(most, kDirectDotRows) : most))
-    run_shares<DirectLoop>(weight, x, output, workspace, parallel);
-  else if (dots)
-    run_shares<BlockLoop<DotBlocks>>(weight, x, output, workspace, parallel);
-  else
-    run_shares<BlockLoop<UnpackedBlocks>>(weight, x, output, workspace, parallel);
+  with_loop(weight, x.rows, [&](auto loop) {
+    run_shares<typename decltype(loop)::type>(weight, x, {y, bias, add}, workspace, parallel);
+  });
 }
 
 }  // namespace cleave
