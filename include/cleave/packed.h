@@ -216,7 +216,8 @@ struct RouterCall {
 
 /// linear() by a router, route() and moe_ffn() with shared experts as one: where tokens are few,
 /// one thread routes while the others begin with the shared experts. Give it a workspace that
-/// grows. After an exception y may hold anything.
+/// grows; it is no call that several threads enter together. After an exception y may hold
+/// anything.
 /// @throws InvalidArgument  as those three
 void moe_ffn(const RouterCall& router, const PackedExperts& experts, float scale,
              const PackedExperts& shared, MatrixView<const float> x, MatrixView<float> y,
