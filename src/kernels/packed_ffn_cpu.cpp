@@ -119,6 +119,14 @@ void check_one_expert(const char* function, const PackedExperts& ffn) {
     fail_argument("{}: {} experts; a dense FFN is one", function, ffn.num_experts());
 }
 
+/// Shared experts of moe_ffn(), which all tokens go to.
+void check_shared(const PackedExperts& shared, MatrixView<const float> x, MatrixView<float> y) {
+  constexpr const char* kName = "moe_ffn: shared experts";
+  check_one_expert(kName, shared);
+  check_packed_shapes(kName, shared, x, y);
+  check_pairs(kName, x.rows, 1);
+}
+
 }  // namespace
 
 void run_checked(std::span<const FfnCall> calls, Workspace& workspace,
@@ -167,9 +175,7 @@ void moe_ffn(const PackedExperts& experts, const Routing& routing, float scale,
              const PackedExperts& shared, MatrixView<const float> x, MatrixView<float> y,
              Workspace& workspace, const ParallelFor& parallel) {
   const FfnCall call = checked_call(experts, checked_view("moe_ffn", routing), scale, x, y);
-  check_one_expert("moe_ffn: shared experts", shared);
-  check_packed_shapes("moe_ffn: shared experts", shared, x, y);
-  check_pairs("moe_ffn: shared experts", x.rows, 1);
+  check_shared(shared, x, y);
   if (x.rows == 0) return;
   run_always_on(call.k > 0 ? &call : nullptr, shared, x, y,
                 moe_ffn_workspace_size(experts, shared, x.rows, call.k, parallel.threads),
@@ -181,8 +187,7 @@ void moe_ffn(const RouterCall& router, const PackedExperts& experts, float scale
              Workspace& workspace, const ParallelFor& parallel) {
   const std::int64_t T = x.rows, E = experts.num_experts(), K = router.spec.experts_per_token;
   check_packed_shapes("moe_ffn", experts, x, y);
-  check_one_expert("moe_ffn: shared experts", shared);
-  check_packed_shapes("moe_ffn: shared experts", shared, x, y);
+  check_shared(shared, x, y);
   check_router("moe_ffn", router, E, x);
   check_route_spec("moe_ffn", router.spec, E);
   check_pairs("moe_ffn", T, K);
