@@ -3,6 +3,8 @@
 //   hidden  a task is a few of the active experts' panels, with all their tokens; the hidden values
 //           of all (token, expert) pairs of the pass go into shared memory
 //   down    a task is a few of y's panels of columns, for all tokens and experts
+// A part that finds no task of the first left begins with the second at once, and waits only where
+// it comes to an expert that another part is still at.
 // So a weight is unpacked once per pass, and y needs no sums beside it. Within a part, weights go
 // in blocks of a panel or two and 500 or 2000 steps (prefill_blocks.h), which stay in a
 // second-level cache while all rows go by (a first-level cache would hold 64 steps, but every
@@ -18,6 +20,7 @@
 #include "kernels/prefill_blocks.h"
 #include "kernels/prefill_pass.h"
 #include "kernels/stealing_ranges.h"
+#include "kernels/wait_until.h"
 
 namespace cleave {
 namespace prefill {
@@ -42,36 +45,40 @@ class PrefillPart {
     block_steps_ = std::min(Blocks::kBlockSteps, ((D + blocks - 1) / blocks + 31) / 32 * 32);
   }
 
-  /// Hidden values of a group of panels.
-  void hidden(std::int64_t task) const {
+  /// Hidden values of a group of panels. Then, probably, comes a task of the same kind, or else
+  /// `down_task` if that is not negative.
+  void hidden(std::int64_t task, std::int64_t down_task) const {
     std::int64_t i = 0;
     while (i + 1 < *shared_.num_runs && shared_.runs[i + 1].task <= task) ++i;
     const Run& run = shared_.runs[i];
     const std::int64_t group = task_panels<Blocks>(run.rows);
     const std::int64_t p = run.panel + (task - run.task) * group;
     const std::int64_t end = std::min(run.panel_end, p + group);
-    // Probably this part's next task.
     const Run& next = shared_.runs[(i + 1) % *shared_.num_runs];
     const Place after = end == run.panel_end ? place(next, next.panel) : place(run, end);
     for (std::int64_t r = 0; r < run.rows; r += kRowGroup) {
-      const bool more_rows = r + kRowGroup < run.rows;
-      hidden_group(run, p, end, more_rows ? place(run, p) : after, r,
-                   std::min(kRowGroup, run.rows - r));
+      const std::int64_t m = std::min(kRowGroup, run.rows - r), together = Blocks::panels(m);
+      hidden_group(run, p, end,
+                   r + m < run.rows ? next_gate_up(place(run, p), 0, together)
+                   : down_task >= 0 ? first_down(down_task)
+                                    : next_gate_up(after, 0, together),
+                   r, m);
     }
+    shared_.unfinished[i].fetch_sub(1, std::memory_order_release);
   }
 
   /// A group of y's panels.
   void down(std::int64_t task) const {
-    const std::int64_t panels = num_blocks(y_.cols), groups = shared_.down_groups;
-    const std::int64_t d = panels * task / groups, n = panels * (task + 1) / groups - d;
+    const std::int64_t d = first_column_panel(task), n = first_column_panel(task + 1) - d;
     if (n == 0) return;
-    const std::int64_t stride = n * kPanelWidth;
+    const std::int64_t panels = num_blocks(y_.cols), stride = n * kPanelWidth;
     std::fill_n(s_.sums, y_.rows * stride, 0.0f);
     const std::int64_t column = d * kPanelWidth;
     const std::int64_t columns = std::min(n * kPanelWidth, y_.cols - column);
     const std::int64_t runs = *shared_.num_runs;
     for (std::int64_t i = 0; i < runs; ++i) {
       const bool last = i + 1 == runs;
+      wait_until([&] { return shared_.unfinished[i].load(std::memory_order_acquire) == 0; });
       if (n == 1) fetch_y(y_.rows * i / runs, y_.rows * (i + 1) / runs, column);
       down_run(shared_.runs[i], d, n, shared_.runs[last ? 0 : i + 1],
                last ? std::min(d + n, panels - 1) : d);
@@ -80,6 +87,11 @@ class PrefillPart {
   }
 
  private:
+  /// Of y's, the first that a task of the second phase has.
+  std::int64_t first_column_panel(std::int64_t task) const {
+    return num_blocks(y_.cols) * task / shared_.down_groups;
+  }
+
   /// Rows [begin, end) of one of y's panels, which starts at `column`. Between narrow experts these
   /// are few; a core drops prefetches of which it has dozens under way.
   void fetch_y(std::int64_t begin, std::int64_t end, std::int64_t column) const {
@@ -115,8 +127,8 @@ class PrefillPart {
     return s_.products + (panel * kRowGroup + row) * kPanelWidth;
   }
 
-  /// Panels [begin, end) for rows [first, first + m) of the run. Panel `after` comes next.
-  void hidden_group(const Run& run, std::int64_t begin, std::int64_t end, const Place& after,
+  /// Panels [begin, end) for rows [first, first + m) of the run. `after` comes next.
+  void hidden_group(const Run& run, std::int64_t begin, std::int64_t end, const NextBlock& after,
                     std::int64_t first, std::int64_t m) const {
     const std::int32_t* token = shared_.groups.token + run.pair + first;
     const std::int64_t D = y_.cols, blocks = (D + block_steps_ - 1) / block_steps_;
@@ -135,16 +147,13 @@ class PrefillPart {
                                 0};
         const bool same_block = p + panels < end;
         const bool same_group = same_block || b + 1 < blocks;
-        const Place next = same_block   ? place(run, p + panels)
-                           : same_group ? place(run, begin)
-                                        : after;
-        const std::int64_t next_block = same_block ? b : same_group ? b + 1 : 0;
-        blocks_.multiply(
-            block,
-            {gate_up(next, next_block), panel_bytes(layout_.format, block_steps_), panels,
-             gate_up_stride(next)},
-            m, b > 0, kRowGroup * kPanelWidth, {shared_.x + b * block_steps_, x_stride_, token},
-            {product(p - begin, 0), kPanelWidth, nullptr}, rows_to_fetch(run, p, panels));
+        const NextBlock next = same_block   ? next_gate_up(place(run, p + panels), b, panels)
+                               : same_group ? next_gate_up(place(run, begin), b + 1, panels)
+                                            : after;
+        blocks_.multiply(block, next, m, b > 0, kRowGroup * kPanelWidth,
+                         {shared_.x + b * block_steps_, x_stride_, token},
+                         {product(p - begin, 0), kPanelWidth, nullptr},
+                         rows_to_fetch(run, p, panels));
         if (b + 1 == blocks)
           for (std::int64_t i = p; i < p + panels; ++i) activate(run, i, i - begin, first, m);
       }
@@ -179,9 +188,11 @@ class PrefillPart {
         run.stride);
   }
 
-  /// From a panel of gate|up to the next.
-  std::int64_t gate_up_stride(const Place& at) const {
-    return at.panels > 1 && layout_.joins_down() ? layout_.gate_up_bytes : layout_.bytes();
+  /// Blocks of gate|up to be fetched, of so many panels.
+  NextBlock next_gate_up(const Place& at, std::int64_t block, std::int64_t panels) const {
+    const bool joined = at.panels > 1 && layout_.joins_down();
+    return {gate_up(at, block), panel_bytes(layout_.format, block_steps_), panels,
+            joined ? layout_.gate_up_bytes : layout_.bytes()};
   }
 
   /// Panels of a run that are multiplied at once: equal shares of it, of whole experts if it has
@@ -220,6 +231,13 @@ class PrefillPart {
     const std::int64_t piece = piece_of(run, panels), bytes = piece * layout_.down_panel_bytes;
     if (piece == panels) return {down_panel(at, d), bytes, outputs, layout_.down_stride(run.each)};
     return {down_panel(at, d), outputs * bytes, panels / piece, piece * layout_.bytes()};
+  }
+
+  /// What a task of the second phase begins with.
+  NextBlock first_down(std::int64_t task) const {
+    const Run& run = shared_.runs[0];
+    const std::int64_t panels = std::min(chunk_of(run), run.panel_end - run.panel);
+    return next_down(run, run.panel, panels, first_column_panel(task), Blocks::panels(run.rows));
   }
 
   /// s_.sums += the run's hidden values times panels [d, d + n) of down. After it comes `next_run`,
@@ -324,20 +342,13 @@ void run(const FfnCall& call, Workspace& workspace, const ParallelFor& parallel)
       parallel(1, 1, [&](std::int64_t, std::int64_t) { plan(); });
       for_parts([&](std::int64_t part) { sorter.place(part); });
     }
-    const auto run_parts = [&](const auto& body) {
-      for_parts([&](std::int64_t part) {
-        const PrefillPart<Blocks> runner(call, shared, scratch_of(part), stride,
-                                         call.y.slice_rows(first, count));
-        body(runner, part);
-      });
-    };
-    run_parts([&](const PrefillPart<Blocks>& runner, std::int64_t part) {
-      const StealingRanges tasks(shared.hidden_tasks, parts);
-      for (std::int64_t i = tasks.take(part); i >= 0; i = tasks.take(part)) runner.hidden(i);
-    });
-    run_parts([&](const PrefillPart<Blocks>& runner, std::int64_t part) {
-      const StealingRanges tasks(shared.down_tasks, parts);
-      for (std::int64_t i = tasks.take(part); i >= 0; i = tasks.take(part)) runner.down(i);
+    for_parts([&](std::int64_t part) {
+      const PrefillPart<Blocks> runner(call, shared, scratch_of(part), stride,
+                                       call.y.slice_rows(first, count));
+      const StealingRanges hidden(shared.hidden_tasks, parts), down(shared.down_tasks, parts);
+      for (std::int64_t i = hidden.take(part); i >= 0; i = hidden.take(part))
+        runner.hidden(i, hidden.is_empty(part) ? shared.down_groups * part / parts : -1);
+      for (std::int64_t i = down.take(part); i >= 0; i = down.take(part)) runner.down(i);
     });
   }
 }

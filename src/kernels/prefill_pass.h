@@ -1,8 +1,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 #include "kernels/packed_ffn.h"
 #include "kernels/packed_format.h"
@@ -63,6 +65,7 @@ struct Shared {
   Value* hidden;                                     // by run
   std::int32_t* counts;                              // [parts, E]
   StealingRanges::Range *hidden_tasks, *down_tasks;  // [parts]
+  std::atomic<std::int32_t>* unfinished;             // [E] a run's tasks of the hidden phase
   std::int64_t down_groups;                          // tasks, as many for each part
 };
 
@@ -113,6 +116,7 @@ Shared<typename Blocks::Value> carve_shared(Carver& from, const PackedExperts& e
   s.counts = from.take<std::int32_t>(parts * E);
   s.hidden_tasks = from.take<StealingRanges::Range>(parts);
   s.down_tasks = from.take<StealingRanges::Range>(parts);
+  s.unfinished = from.take<std::atomic<std::int32_t>>(E);
   s.down_groups = num_down_groups<Blocks>(experts, parts);
   return s;
 }
@@ -150,6 +154,8 @@ void share_tasks(std::int64_t parts, const Shared<typename Blocks::Value>& s) {
         hidden.set(part, begin, task);
       before += std::min(group, s.runs[i].panel_end - p) * Blocks::panel_cost(s.runs[i].rows);
     }
+    new (&s.unfinished[i])
+        std::atomic<std::int32_t>(static_cast<std::int32_t>(task - s.runs[i].task));
   }
   for (; part < parts; ++part, begin = task) hidden.set(part, begin, task);
   for (std::int64_t i = 0; i < parts; ++i)

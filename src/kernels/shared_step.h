@@ -2,8 +2,9 @@
 
 #include <atomic>
 #include <functional>
-#include <thread>
 #include <utility>
+
+#include "kernels/wait_until.h"
 
 namespace cleave {
 
@@ -28,11 +29,8 @@ class SharedStep {
   /// @return whether it is done; else the one that began throws.
   bool finish() {
     begin();
-    constexpr int kSpins = 10000;  // some tens of microseconds
-    int state = state_.load(std::memory_order_acquire);
-    for (int i = 0; state == kBegun; state = state_.load(std::memory_order_acquire))
-      if (++i > kSpins) std::this_thread::yield();
-    return state == kDone;
+    wait_until([this] { return state_.load(std::memory_order_acquire) != kBegun; });
+    return state_.load(std::memory_order_relaxed) == kDone;
   }
 
  private:

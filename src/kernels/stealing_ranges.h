@@ -33,6 +33,12 @@ class StealingRanges {
     return -1;
   }
 
+  /// Whether the part's own tasks are taken.
+  bool is_empty(std::int64_t part) const {
+    const std::uint64_t now = ranges_[part].bounds.load(std::memory_order_relaxed);
+    return (now & 0xffffffffu) >= now >> 32;
+  }
+
  private:
   static std::uint64_t pack(std::int64_t begin, std::int64_t end) {
     return static_cast<std::uint64_t>(begin) | static_cast<std::uint64_t>(end) << 32;

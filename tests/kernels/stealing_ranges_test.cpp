@@ -39,8 +39,11 @@ TEST(StealingRanges, APartGoesForwardsAndAThiefTakesTheLast) {
   ranges.set(0, 0, 3);
   ranges.set(1, 3, 3);
   EXPECT_EQ(ranges.take(0), 0);
+  EXPECT_TRUE(ranges.is_empty(1));
   EXPECT_EQ(ranges.take(1), 2);
+  EXPECT_FALSE(ranges.is_empty(0));
   EXPECT_EQ(ranges.take(0), 1);
+  EXPECT_TRUE(ranges.is_empty(0));
   EXPECT_EQ(ranges.take(0), -1);
   EXPECT_EQ(ranges.take(1), -1);
 }
