@@ -36,15 +36,22 @@ CLEAVE_INLINE Floats upper_tail(const Floats& x) {
   return p * t * exp_in_range(-0.5f * a * a);
 }
 
-template <Activation kActivation>
+/// x sigmoid(u).
+struct ExactSigmoid {
+  CLEAVE_INLINE static Floats times(const Floats& x, const Floats& u) {
+    return x / (1.0f + exp(-u));
+  }
+};
+
+template <Activation kActivation, typename Sigmoid>
 CLEAVE_INLINE Floats act(const Floats& x) {
   if constexpr (kActivation == Activation::kSilu) {
-    return x / (1.0f + exp(-x));
+    return Sigmoid::times(x, x);
   } else if constexpr (kActivation == Activation::kGelu) {
     const Floats q = upper_tail(x);
     return x * select(x > Floats{}, 1.0f - q, q);
   } else if constexpr (kActivation == Activation::kGeluTanh) {  // 0.5 (1 + tanh(u)) = sigmoid(2 u)
-    return x / (1.0f + exp(-1.5957691216f * (x + 0.044715f * x * x * x)));
+    return Sigmoid::times(x, 1.5957691216f * (x + 0.044715f * x * x * x));
   } else if constexpr (kActivation == Activation::kRelu) {
     return select(x > Floats{}, x, Floats{});
   } else if constexpr (kActivation == Activation::kRelu2) {
@@ -56,17 +63,17 @@ CLEAVE_INLINE Floats act(const Floats& x) {
   }
 }
 
-template <Activation kActivation, bool kGated, typename Value, typename Put>
+template <Activation kActivation, bool kGated, typename Sigmoid, typename Value, typename Put>
 void activate_rows_by(std::int64_t rows, const float* in, const float* weight,
                       const float* step_scale, Value* h, std::int64_t stride, const Put& put) {
   for (std::int64_t r = 0; r < rows; ++r, in += kPanelWidth, h += stride) {
     const Floats first = load<Floats>(in), second = load<Floats>(in + 16);
     const Floats scale = splat(weight[r]);
-    Floats out[2] = {act<kActivation>(first) * scale, {}};
+    Floats out[2] = {act<kActivation, Sigmoid>(first) * scale, {}};
     if constexpr (kGated)
       out[0] *= second;
     else
-      out[1] = act<kActivation>(second) * scale;
+      out[1] = act<kActivation, Sigmoid>(second) * scale;
 #pragma GCC unroll 2
     for (int half = 0; half < (kGated ? 1 : 2); ++half) {
       if (step_scale != nullptr) out[half] *= load<Floats>(step_scale + half * 16);
@@ -77,16 +84,16 @@ void activate_rows_by(std::int64_t rows, const float* in, const float* weight,
 
 /// `put` stores 16 values of h. A loop per activation: with the choice inside it, constants are
 /// loaded and x goes through memory for every row.
-template <typename Value, typename Put>
+template <typename Sigmoid, typename Value, typename Put>
 CLEAVE_INLINE void activate_rows(Activation activation, bool gated, std::int64_t rows,
                                  const float* in, const float* weight, const float* step_scale,
                                  Value* h, std::int64_t stride, const Put& put) {
   const auto run = [&](auto constant) {
     constexpr Activation kActivation = decltype(constant)::value;
     if (gated)
-      activate_rows_by<kActivation, true>(rows, in, weight, step_scale, h, stride, put);
+      activate_rows_by<kActivation, true, Sigmoid>(rows, in, weight, step_scale, h, stride, put);
     else
-      activate_rows_by<kActivation, false>(rows, in, weight, step_scale, h, stride, put);
+      activate_rows_by<kActivation, false, Sigmoid>(rows, in, weight, step_scale, h, stride, put);
   };
   switch (activation) {
     case Activation::kSilu:
@@ -106,7 +113,7 @@ CLEAVE_INLINE void activate_rows(Activation activation, bool gated, std::int64_t
 
 void activate(Activation activation, bool gated, std::int64_t rows, const float* in,
               const float* weight, const float* step_scale, float* h, std::int64_t stride) {
-  activate_rows(
+  activate_rows<ExactSigmoid>(
       activation, gated, rows, in, weight, step_scale, h, stride,
       [](const Floats& v, float* to) __attribute__((always_inline)) { store(v, to); });
 }

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/isa/panel_activation.h"
 #include "kernels/isa/panel_formats.h"
@@ -85,10 +86,25 @@ inline void round_to_bfloat16(const float* x, std::int64_t n, std::uint16_t* out
   }
 }
 
+/// For results that are rounded to bfloat16 next, by 2^-9: relative error below 7e-5, 6.1e-5 of it
+/// the reciprocal's. Half the time of the exact one.
+struct RoughSigmoid {
+  CLEAVE_INLINE static Floats times(const Floats& x, const Floats& u) {
+    // exp(-u) = 2^t = 2^f 2^floor(t). Of an infinite t, f is 0.
+    const Floats t = -1.44269504f * u, f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF);
+    Floats p = splat(0.0135341678f);
+    p = p * f + 0.0520114638f;
+    p = p * f + 0.241442755f;
+    p = p * f + 0.693003833f;
+    p = p * f + 1.00000262f;
+    return x * _mm512_rcp14_ps(1.0f + Floats(_mm512_scalef_ps(p, t)));
+  }
+};
+
 inline void activate_to_bfloat16(Activation activation, bool gated, std::int64_t rows,
                                  const float* in, const float* weight, std::uint16_t* h,
                                  std::int64_t stride) {
-  activate_rows(
+  activate_rows<RoughSigmoid>(
       activation, gated, rows, in, weight, nullptr, h, stride,
       [](const Floats& v, std::uint16_t* to) __attribute__((always_inline)) {
         const __m256i half = to_bfloat16(v);
