@@ -30,9 +30,11 @@ std::int64_t few_tokens(const ActiveExperts& a) {
   if (!uses_dots(experts)) return below(16);
   const bool narrow = is_narrow(experts);
   // A product has 12 rows, but rows vary; and more of them hold up the reading of large weights.
-  const std::int64_t most = narrow ? 14 : !is_small(experts) ? 7 : E == 1 ? 13 : 10;
+  std::int64_t most = below(narrow ? 14 : !is_small(experts) ? 7 : E == 1 ? 13 : 10);
+  // Of so few tokens no expert has more rows than that.
+  if (!narrow && E > 1) most = std::max(most, std::min<std::int64_t>(kDotRows, below(10)));
   const std::int64_t sum_bytes = experts.d_model() * static_cast<std::int64_t>(sizeof(float));
-  return std::max(below(narrow ? 9 : 5), std::min(below(most), experts.bytes() / (16 * sum_bytes)));
+  return std::max(below(narrow ? 9 : 5), std::min(most, experts.bytes() / (16 * sum_bytes)));
 }
 
 bool is_few(const ActiveExperts& a, std::int64_t tokens) {

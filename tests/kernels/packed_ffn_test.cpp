@@ -324,8 +324,9 @@ TEST(PackedMoeFfn, EveryWayBeginsRight) {
     std::int64_t D, I, E, K;
     std::vector<std::int64_t> rows;
   };
-  for (const Ffn& f : {Ffn{40, 16, 6, 2, {3, 9, 14}}, Ffn{64, 48, 6, 3, {3, 5, 10}},
-                       Ffn{40, 80, 1, 1, {3, 5, 13}}, Ffn{130, 2816, 4, 1, {3, 5}}}) {
+  for (const Ffn& f :
+       {Ffn{40, 16, 6, 2, {3, 9, 14}}, Ffn{64, 48, 6, 3, {3, 5, 10}}, Ffn{40, 80, 1, 1, {3, 5, 13}},
+        Ffn{130, 2816, 4, 1, {3, 5, 7}}, Ffn{130, 2816, 4, 3, {9, 10}}}) {
     std::mt19937 rng(static_cast<unsigned>(f.I));
     const ExpertBank bank = random_bank(rng, f.D, f.I * f.E, f.E, true, false, Activation::kSilu);
     const PackedExperts packed(bank, WeightType::kBF16);
