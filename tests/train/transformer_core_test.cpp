@@ -22,7 +22,10 @@ void expect_equal(const fs::path& path, std::int64_t count) {
   const at::Tensor tokens = (torch::arange(count) * 37 % vocab).unsqueeze(0);
   const at::Tensor logits = model->forward(tokens)[0];
   const at::Tensor expected = cleave::testing::core_logits(checkpoint, tokens);
-  EXPECT_LT((logits - expected).abs().max().item<double>(), 2e-4);
+  // Both are float32: from the logits in double they are 1e-6 of the largest one away, and 4e-6 and
+  // 7e-6 (1.2e-4 and 2.2e-4) through SmolLM2's 30 layers, with any instruction set.
+  EXPECT_LT((logits - expected).abs().max().item<double>(),
+            2e-5 * expected.abs().max().item<double>());
   EXPECT_GT(expected.std().item<double>(), 0.1) << "nothing to compare";
 }
 
