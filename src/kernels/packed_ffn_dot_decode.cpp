@@ -52,6 +52,7 @@ class DotDecodePart {
         sum_(sum),
         layout_(call.experts.type(), call.experts.gated(), call.experts.d_model()),
         x_stride_(prefill::skewed_stride<Value>(call.x.cols + 1)),
+        ahead_(is_narrow(call.experts) ? kPrefetchBytes : 2 * kPrefetchBytes),
         blocks_(layout_.format, nullptr) {
     const std::int64_t T = call.x.rows;
     const PairSorter sorter(call, 0, T, s_.groups, s_.counts, 1, s_.weight);
@@ -94,6 +95,9 @@ class DotDecodePart {
     for (std::int64_t i = 0; i < panels; ++i)
       hidden(expert, begin + i, rows, s_.hidden + i * layout_.neurons, stride);
     const std::int64_t piece = panels * layout_.down_panel_bytes;
+    // Of a whole expert the pieces follow each other.
+    const std::int64_t ahead =
+        panels == expert.panels ? ahead_ : layout_.down_stride(expert.panels);
     for (std::int64_t d = 0; d < layout_.down_panels; ++d) {
       const std::byte* down = expert.weights + layout_.down_at(expert.panels, begin, d);
       float* sum = sum_.data + d * kPanelWidth;
@@ -101,9 +105,9 @@ class DotDecodePart {
         blocks_.multiply_short(down, down + kPrefetchBytes, steps, s_.hidden, rows.count, token,
                                sum, sum_.row_stride);
       else
-        blocks_.multiply({{down, down}, {}, 1, steps, 1, 0, 0},
-                         {down + layout_.down_stride(expert.panels), piece, 1, 0}, rows.count, true,
-                         0, {s_.hidden, stride, nullptr}, {sum, sum_.row_stride, token});
+        blocks_.multiply({{down, down}, {}, 1, steps, 1, 0, 0}, {down + ahead, piece, 1, 0},
+                         rows.count, true, 0, {s_.hidden, stride, nullptr},
+                         {sum, sum_.row_stride, token});
     }
   }
 
@@ -112,7 +116,7 @@ class DotDecodePart {
               std::int64_t stride) const {
     const std::byte* gate_up = expert.weights + layout_.gate_up_at(expert.panels, panel);
     blocks_.multiply({{gate_up, gate_up}, {}, 1, call_.x.cols, 1, 0, 0},
-                     {gate_up + kPrefetchBytes, layout_.gate_up_bytes, 1, 0}, rows.count, false, 0,
+                     {gate_up + ahead_, layout_.gate_up_bytes, 1, 0}, rows.count, false, 0,
                      {s_.x, x_stride_, s_.groups.token + rows.begin},
                      {s_.products, kPanelWidth, nullptr});
     const PackedExperts& experts = call_.experts;
@@ -128,6 +132,9 @@ class DotDecodePart {
   MatrixView<float> sum_;
   ExpertLayout layout_;
   std::int64_t x_stride_;
+  /// Bytes from what is multiplied to what is fetched. With many rows to a panel, 4 kB last no
+  /// longer than memory takes; of narrow experts, what lies further off may not be wanted.
+  std::int64_t ahead_;
   DotBlocks blocks_;
 };
 
