@@ -94,7 +94,7 @@ enum {
 /// Task `index` of a parallel region.
 typedef void (*cleave_task)(void* task_context, int32_t index);
 /// Runs task(task_context, i) once for each i in [0, num_tasks), in any order, on any threads, and
-/// returns when all are done.
+/// returns when all are done. A task may wait for one that has begun, never for one that has not.
 typedef void (*cleave_parallel_for)(void* context, int32_t num_tasks, cleave_task task,
                                     void* task_context);
 /// Returns when all threads of the call have entered it.

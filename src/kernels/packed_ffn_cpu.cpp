@@ -31,7 +31,7 @@ std::int64_t few_tokens(const ActiveExperts& a) {
   const bool narrow = is_narrow(experts);
   // A product has 12 rows, but rows vary; and more of them hold up the reading of large weights.
   std::int64_t most = below(narrow ? 14 : !is_small(experts) ? 7 : E == 1 ? 13 : 10);
-  // Of so few tokens no expert has more rows than that.
+  // Of kDotRows tokens no expert has more rows than a product: then as many rows as of small FFNs.
   if (!narrow && E > 1) most = std::max(most, std::min<std::int64_t>(kDotRows, below(10)));
   const std::int64_t sum_bytes = experts.d_model() * static_cast<std::int64_t>(sizeof(float));
   return std::max(below(narrow ? 9 : 5), std::min(most, experts.bytes() / (16 * sum_bytes)));

@@ -45,8 +45,8 @@ class PrefillPart {
     block_steps_ = std::min(Blocks::kBlockSteps, ((D + blocks - 1) / blocks + 31) / 32 * 32);
   }
 
-  /// Hidden values of a group of panels. Then, probably, comes a task of the same kind, or else
-  /// `down_task` if that is not negative.
+  /// Hidden values of a group of panels.
+  /// @param down_task  of the second phase, what probably comes next; -1: another task of this one
   void hidden(std::int64_t task, std::int64_t down_task) const {
     std::int64_t i = 0;
     while (i + 1 < *shared_.num_runs && shared_.runs[i + 1].task <= task) ++i;

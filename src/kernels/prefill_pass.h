@@ -54,7 +54,8 @@ struct Run {
   std::int64_t task;    // the first of its tasks: groups of panels
 };
 
-/// What all parts of a pass read, and write in turn. Value: of x and the hidden values.
+/// What all parts of a pass read, and write in turn; the hidden values of a run are read once none
+/// of its tasks is unfinished. Value: of x and the hidden values.
 template <typename Value>
 struct Shared {
   PairGroups groups;
@@ -65,7 +66,7 @@ struct Shared {
   Value* hidden;                                     // by run
   std::int32_t* counts;                              // [parts, E]
   StealingRanges::Range *hidden_tasks, *down_tasks;  // [parts]
-  std::atomic<std::int32_t>* unfinished;             // [E] a run's tasks of the hidden phase
+  std::atomic<std::int32_t>* unfinished;             // [E] of each run: hidden tasks not done
   std::int64_t down_groups;                          // tasks, as many for each part
 };
 

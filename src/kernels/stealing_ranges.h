@@ -45,7 +45,7 @@ class StealingRanges {
   }
   std::int64_t take_from(std::int64_t part, bool front) const {
     std::atomic<std::uint64_t>& bounds = ranges_[part].bounds;
-    // What tasks read was written before the parts began: nothing to order here.
+    // What tasks read was written before the parts began, or the caller orders it.
     std::uint64_t now = bounds.load(std::memory_order_relaxed);
     for (;;) {
       const auto begin = static_cast<std::int64_t>(now & 0xffffffffu);

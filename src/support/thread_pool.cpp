@@ -6,26 +6,16 @@
 #include <chrono>
 
 #include "cleave/error.h"
+#include "support/pause.h"
 
 #if defined(__linux__)
 #include <sched.h>
-#endif
-#if defined(__x86_64__)
-#include <immintrin.h>
 #endif
 
 namespace cleave {
 namespace {
 
 thread_local bool inside_body = false;
-
-void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#else
-  std::this_thread::yield();
-#endif
-}
 
 // What a waiting thread spins before it sleeps: longer than the serial stretches of a forward pass
 // and of drawing a token from the logits. To be woken from a futex takes tens of microseconds, more
@@ -65,7 +55,7 @@ void wait_for_change(const std::atomic<std::uint32_t>& value, bool spin,
     do {
       for (int i = 0; i < kPausesPerLook; ++i) {
         if (ready(value.load(std::memory_order_acquire))) return;
-        pause();
+        pause_core();
       }
     } while (std::chrono::steady_clock::now() < end);
     while (std::chrono::steady_clock::now() < end + yield_time) {

@@ -216,6 +216,17 @@ class Spmd {
 };
 
 /// Threads by callback; every region gets fresh ones.
+/// n tasks one after the other on the caller's thread, the last one first.
+inline cleave_threads backward_threads(int n) {
+  cleave_threads threads = cleave_threads_init();
+  threads.kind = CLEAVE_THREADS_CALLBACK;
+  threads.num_threads = n;
+  threads.parallel_for = [](void*, std::int32_t tasks, cleave_task task, void* context) {
+    for (std::int32_t i = tasks - 1; i >= 0; --i) task(context, i);
+  };
+  return threads;
+}
+
 inline cleave_threads callback_threads(int n) {
   cleave_threads threads = cleave_threads_init();
   threads.kind = CLEAVE_THREADS_CALLBACK;

@@ -46,14 +46,18 @@ TEST(CApi, AllKindsOfThreadsGiveTheSameBits) {
         const auto make = [&] {
           return std::make_unique<CCall>(experts.get(), shape.T, shape.K, n, 11);
         };
-        const auto by_pool = make(), by_callback = make(), together = make(), alone = make();
+        const auto by_pool = make(), by_callback = make(), backward = make(), together = make(),
+                   alone = make();
         const Expectation expected(layer, *alone, 1.0f);
         const PoolHandle pool = create_pool(n);
-        const cleave_threads of_pool = pool_threads(pool.get()), of_callback = callback_threads(n);
+        const cleave_threads of_pool = pool_threads(pool.get()), of_callback = callback_threads(n),
+                             one_by_one = backward_threads(n);
         ASSERT_EQ(by_pool->run(&of_pool), CLEAVE_OK) << cleave_last_error();
         ASSERT_EQ(by_callback->run(&of_callback), CLEAVE_OK) << cleave_last_error();
+        ASSERT_EQ(backward->run(&one_by_one), CLEAVE_OK) << cleave_last_error();
         ASSERT_EQ(Spmd(n).run(*together), std::vector<cleave_status>(n, CLEAVE_OK));
         ASSERT_EQ(by_pool->y.values, by_callback->y.values);
+        ASSERT_EQ(by_pool->y.values, backward->y.values);
         ASSERT_EQ(by_pool->y.values, together->y.values);
         expect_near(by_pool->y, expected.y, expected.magnitude, expected.bound);
         if (n > 1) continue;

@@ -317,7 +317,8 @@ void expect_strided_rows_are_right(std::mt19937& rng, const PackedExperts& packe
               ffn_bound(s.D, neurons) + hidden_bound(WeightType::kBF16));
 }
 
-// Rows per expert at which another way begins: 3, 5, 10 and 13 (one expert), 14 (narrow ones).
+// Rows per expert at which another way begins: 3, 5, 7 (large ones), 10 (of those up to 12 tokens)
+// and 13 (one expert), 14 (narrow ones).
 TEST(PackedMoeFfn, EveryWayBeginsRight) {
   Pools pools;
   struct Ffn {

@@ -47,9 +47,12 @@ inline OwnedMatrix random_bf16_matrix(std::mt19937& rng, std::int64_t rows, std:
   return m;
 }
 
-/// What such kernels lose by rounding hidden values to 8 bits, as a multiple of the sum of |terms|.
+/// What such kernels lose of a hidden value: it is rounded to 8 bits, and has a rough sigmoid
+/// before.
+inline constexpr double kRoundedHidden = 0x1p-8 + 7e-5;
+/// The same, as a multiple of the sum of |terms|.
 inline double hidden_bound(WeightType type) {
-  return type == WeightType::kBF16 && panel_kernels().dots != nullptr ? 0x1p-8 : 0.0;
+  return type == WeightType::kBF16 && panel_kernels().dots != nullptr ? kRoundedHidden : 0.0;
 }
 
 /// Experts of uneven widths; H >= E rows in all.

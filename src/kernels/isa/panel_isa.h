@@ -151,7 +151,7 @@ struct DotKernels {
   void (*multiply_short[kDotRows])(const ShortDotProduct& product);
   /// out [n] = x [n], rounded to the nearest, ties to even.
   void (*round)(const float* x, std::int64_t n, std::uint16_t* out);
-  /// As in PanelKernels, rounded.
+  /// As in PanelKernels, rounded; sigmoids to 7e-5 before that.
   void (*activate)(Activation activation, bool gated, std::int64_t rows, const float* in,
                    const float* weight, std::uint16_t* h, std::int64_t stride);
 };
