@@ -52,7 +52,7 @@ class DotDecodePart {
         sum_(sum),
         layout_(call.experts.type(), call.experts.gated(), call.experts.d_model()),
         x_stride_(prefill::skewed_stride<Value>(call.x.cols + 1)),
-        ahead_(is_narrow(call.experts) ? kPrefetchBytes : 2 * kPrefetchBytes),
+        ahead_(is_narrow(call.experts) ? kPrefetchBytes : kPrefetchBytesOfRows),
         blocks_(layout_.format, nullptr) {
     const std::int64_t T = call.x.rows;
     const PairSorter sorter(call, 0, T, s_.groups, s_.counts, 1, s_.weight);
@@ -132,8 +132,8 @@ class DotDecodePart {
   MatrixView<float> sum_;
   ExpertLayout layout_;
   std::int64_t x_stride_;
-  /// Bytes from what is multiplied to what is fetched. With many rows to a panel, 4 kB last no
-  /// longer than memory takes; of narrow experts, what lies further off may not be wanted.
+  /// Bytes from what is multiplied to what is fetched. Of narrow experts, what lies further off may
+  /// not be wanted.
   std::int64_t ahead_;
   DotBlocks blocks_;
 };

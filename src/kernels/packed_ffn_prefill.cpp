@@ -40,6 +40,7 @@ class PrefillPart {
         x_stride_(x_stride),
         y_(y),
         layout_(call.experts.type(), call.experts.gated(), call.experts.d_model()),
+        narrow_(is_narrow(call.experts)),
         blocks_(layout_.format, scratch.blocks) {
     const std::int64_t D = y.cols, blocks = (D + Blocks::kBlockSteps - 1) / Blocks::kBlockSteps;
     block_steps_ = std::min(Blocks::kBlockSteps, ((D + blocks - 1) / blocks + 31) / 32 * 32);
@@ -147,9 +148,11 @@ class PrefillPart {
                                 0};
         const bool same_block = p + panels < end;
         const bool same_group = same_block || b + 1 < blocks;
-        const NextBlock next = same_block   ? next_gate_up(place(run, p + panels), b, panels)
-                               : same_group ? next_gate_up(place(run, begin), b + 1, panels)
-                                            : after;
+        NextBlock next = same_block   ? next_gate_up(place(run, p + panels), b, panels)
+                         : same_group ? next_gate_up(place(run, begin), b + 1, panels)
+                                      : after;
+        // A block that is read once need not wait in the second level.
+        if (Blocks::reads_once(m) && !narrow_) next.begin = gate_up(one, b) + kPrefetchBytesOfRows;
         blocks_.multiply(block, next, m, b > 0, kRowGroup * kPanelWidth,
                          {shared_.x + b * block_steps_, x_stride_, token},
                          {product(p - begin, 0), kPanelWidth, nullptr},
@@ -279,6 +282,7 @@ class PrefillPart {
   std::int64_t x_stride_;
   MatrixView<float> y_;  // of the pass
   ExpertLayout layout_;
+  bool narrow_;
   Blocks blocks_;
   std::int64_t block_steps_;
 };

@@ -9,6 +9,9 @@ namespace cleave {
 
 /// Bytes between what is used and what is asked of memory, where rows are few and wait for it.
 inline constexpr std::int64_t kPrefetchBytes = 4096;
+/// The same for products of several rows: the core itself looks only a few lines ahead then, and
+/// 4 kB last no longer than memory takes to answer.
+inline constexpr std::int64_t kPrefetchBytesOfRows = 8192;
 
 /// Rows up to which a format is multiplied as it is stored; more take blocks (prefill_blocks.h).
 inline std::int64_t direct_panel_rows(const PanelKernels& kernels, PanelFormat format) {

@@ -65,6 +65,7 @@ class UnpackedBlocks {
 
   /// How many panels are best multiplied at once.
   static std::int64_t panels(std::int64_t) { return 2; }
+  static bool reads_once(std::int64_t) { return false; }
   /// What a panel costs, in rows: unpacking it is worth some four.
   static std::int64_t panel_cost(std::int64_t rows) { return 4 + rows; }
   static void set_row(const float* x, std::int64_t n, float* row) { std::copy_n(x, n, row); }
@@ -169,6 +170,8 @@ class DotBlocks {
   /// rows by one panel fetch half as many weights from the second level as 6 rows by two. Many rows
   /// do better with fewer of them at a time.
   static std::int64_t panels(std::int64_t rows) { return rows <= kFewRows ? 1 : 2; }
+  /// Whether one product takes all these rows.
+  static bool reads_once(std::int64_t rows) { return rows <= kDotRows; }
   /// Reading a panel from memory takes as long as some 20 rows, which go on meanwhile.
   static std::int64_t panel_cost(std::int64_t rows) { return std::max<std::int64_t>(20, rows); }
   static void set_row(const float* x, std::int64_t n, std::uint16_t* row) {
